@@ -1,0 +1,325 @@
+"""Transforms on the host: decode, resize and crop with Pillow, as torchvision does with PIL images, pixel for pixel.
+
+Images are uint8 (H, W, 3) RGB arrays between the functions. Geometry follows torchvision's rules, because released
+weights were trained and evaluated with them: a resize that rounds otherwise moves every patch by a fraction of a pixel.
+"""
+
+import dataclasses
+import io
+import math
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+INTERPOLATION = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+
+
+class DecodeError(ValueError):
+    """An input that is no readable image; the message names it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocess:
+    """How images become a model's input: resize the short side to size / crop_ratio, crop the centre, normalise."""
+
+    size: int = 224
+    crop_ratio: float = 0.875
+    interpolation: str = "bicubic"
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+
+    def __post_init__(self):
+        # A spec that was read from JSON comes with lists; the spec is hashed as a static field of the model.
+        object.__setattr__(self, "mean", tuple(float(value) for value in self.mean))
+        object.__setattr__(self, "std", tuple(float(value) for value in self.std))
+        _check_interpolation(self.interpolation)
+        if self.size < 1 or not 0 < self.crop_ratio <= 1:
+            raise ValueError(f"size must be at least 1 and crop_ratio in (0, 1], got {self.size} and {self.crop_ratio}")
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise ValueError(f"mean and std have 3 values, std above 0; got {self.mean} and {self.std}")
+
+    @property
+    def resize_size(self) -> int:
+        """Length of the short side before the crop; rounded down, as timm and DeiT do."""
+        # 14 / 0.14 is 99.99… in floating point: a ratio that was meant to give a whole number must give it.
+        return math.floor(self.size / self.crop_ratio + 1e-6)
+
+
+def decode(image: Any, name: str | None = None) -> np.ndarray:
+    """uint8 (H, W, 3) RGB from encoded bytes, a path, a PIL image or an array.
+
+    Grey and palette images are spread to three channels, an alpha channel is dropped, CMYK is converted, 16-bit grey
+    keeps its high byte, of an animation the first frame is taken; the EXIF orientation is not applied: all as
+    torchvision's image loader, except that it clips 16-bit grey to white. Arrays are uint8 (H, W), (H, W, 1), (H, W, 3)
+    or (H, W, 4).
+
+    Raises:
+      DecodeError: a ValueError that names the input (`name`, or its path), if it is truncated, corrupt or no image.
+      OSError: if a path cannot be opened.
+    """
+    if hasattr(image, "__array__") and not isinstance(image, Image.Image):
+        return _from_array(np.asarray(image), name or type(image).__name__)
+    if isinstance(image, Image.Image):
+        return _read(image, name or getattr(image, "filename", "") or "PIL image")
+    if isinstance(image, str | os.PathLike):
+        name = name or os.fspath(image)
+        with open(image, "rb") as file:
+            image = file.read()
+    if not isinstance(image, bytes | bytearray | memoryview):
+        raise DecodeError(
+            f"{name or 'image'}: expected encoded bytes, a path, a PIL image or an array, got {type(image).__name__}"
+        )
+    name = name or f"{len(image)} encoded bytes"
+    with _pillow_errors(name), Image.open(io.BytesIO(image)) as opened:
+        return _read(opened, name)
+
+
+def decode_map(image: Any, name: str | None = None) -> np.ndarray:
+    """(H, W) values of a mask or depth map as stored (class numbers of a palette, 16-bit depth), from the forms
+    `decode` takes.
+
+    Raises:
+      DecodeError: if it is no readable image, or has several channels.
+    """
+    if isinstance(image, np.ndarray):
+        values, name = image, name or "array"
+    elif isinstance(image, Image.Image):
+        values, name = np.asarray(image), name or "PIL image"
+    else:
+        name = name or (os.fspath(image) if isinstance(image, str | os.PathLike) else f"{len(image)} encoded bytes")
+        with _pillow_errors(name), Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
+            values = np.asarray(opened)
+    if values.ndim != 2:
+        raise DecodeError(f"{name}: a mask or depth map has one channel, this has shape {values.shape}")
+    return values
+
+
+def resize(image: np.ndarray, height: int, width: int, interpolation: str = "bicubic") -> np.ndarray:
+    """uint8 (height, width, 3), antialiased when it shrinks; `image` itself if it has that size."""
+    if image.shape[:2] == (height, width):
+        return image
+    return np.asarray(Image.fromarray(image).resize((width, height), _check_interpolation(interpolation)))
+
+
+def resize_short(image: np.ndarray, size: int, interpolation: str = "bicubic") -> np.ndarray:
+    """The short side becomes `size`, the long side int(size * long / short)."""
+    height, width = _short_size(*image.shape[:2], size)
+    return resize(image, height, width, interpolation)
+
+
+def center_crop(image: np.ndarray, size: int) -> np.ndarray:
+    """(size, size, …) around the centre, of an image or a map; what is smaller is padded with zeros first."""
+    missing = [max(size - length, 0) for length in image.shape[:2]]
+    if any(missing):
+        widths = [(gap // 2, (gap + 1) // 2) for gap in missing] + [(0, 0)] * (image.ndim - 2)
+        image = np.pad(image, widths)
+    # Python rounds halves to even, so an odd margin may go either way: so does torchvision.
+    top, left = (round((length - size) / 2.0) for length in image.shape[:2])
+    return image[top : top + size, left : left + size]
+
+
+def random_resized_crop(
+    image: np.ndarray,
+    size: int,
+    rng: np.random.Generator,
+    scale: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    interpolation: str = "bicubic",
+) -> np.ndarray:
+    """A random part, `scale` of the area with aspect ratio (width / height) in `ratio`, as uint8 (size, size, 3)."""
+    top, left, height, width = random_crop_box(*image.shape[:2], rng, scale, ratio)
+    return resize(image[top : top + height, left : left + width], size, size, interpolation)
+
+
+def random_crop_box(
+    height: int, width: int, rng: np.random.Generator, scale: tuple[float, float], ratio: tuple[float, float]
+) -> tuple[int, int, int, int]:
+    """(top, left, height, width) of a random crop: area uniform, aspect ratio log-uniform, 10 tries, then the largest
+    centre crop.
+
+    Source: Szegedy et al. 2015, with the rounding and the fallback of torchvision.
+    """
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    for _ in range(10):
+        area = height * width * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(low, high))
+        crop_width, crop_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            top, left = rng.integers(height - crop_height + 1), rng.integers(width - crop_width + 1)
+            return int(top), int(left), crop_height, crop_width
+    crop_height, crop_width = height, width
+    if width / height < ratio[0]:
+        crop_height = min(height, max(1, round(width / ratio[0])))
+    elif width / height > ratio[1]:
+        crop_width = min(width, max(1, round(height * ratio[1])))
+    return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
+
+
+def normalize(images: np.ndarray, spec: Preprocess) -> np.ndarray:
+    """float32 (…, 3): (images / 255 - mean) / std."""
+    return (images.astype(np.float32) / 255.0 - np.float32(spec.mean)) / np.float32(spec.std)
+
+
+def preprocess(images: Any, spec: Preprocess) -> np.ndarray:
+    """(B, S, S, 3) float32, normalised, of a list of paths, PIL images, encoded bytes or uint8 arrays (or one (B,H,W,3)
+    array).
+
+    Raises:
+      ValueError: for an empty list, or an input that is no readable image; the message names it.
+    """
+    if isinstance(images, str | os.PathLike | bytes | Image.Image) or (
+        isinstance(images, np.ndarray) and images.ndim < 4
+    ):
+        raise ValueError(f"preprocess takes a list of images, got one {type(images).__name__}: write [image]")
+    pixels = [_eval_pixels(decode(image), spec) for image in images]
+    if not pixels:
+        raise ValueError("preprocess got an empty list of images")
+    return normalize(np.stack(pixels), spec)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalTransform:
+    """Sample -> {"image": uint8 (S,S,3), "label": int32, …}: resize the short side, crop the centre.
+
+    "mask" and "depth" become (S,S), moved with the image by nearest neighbour; other numbers and fixed-shape arrays are
+    kept; "boxes" and text are dropped: what needs them reads the source. `fields` names the ones wanted; empty: all.
+    """
+
+    spec: Preprocess
+    fields: tuple[str, ...] = ()
+
+    def __call__(self, sample: Mapping[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:
+        sample, image = _only(sample, self.fields), decode(sample["image"])
+        height, width = _short_size(*image.shape[:2], self.spec.resize_size)
+
+        def move(values):
+            return center_crop(_nearest(values, height, width), self.spec.size)
+
+        return _fixed_shape(sample, image, _eval_pixels(image, self.spec), move)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainTransform:
+    """Sample -> {"image": uint8 (size,size,3), "label": int32, …}; the other fields as in EvalTransform.
+
+    crop: "rrc" (random resized crop), "center" (resize the short side, crop the centre) or "none" (resized to the
+    square, if it is not that already; aspect ratio not kept). fields: the ones wanted; empty: all.
+    """
+
+    size: int
+    crop: str = "rrc"
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    interpolation: str = "bicubic"
+    fields: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        _check_interpolation(self.interpolation)
+        if self.crop not in ("rrc", "center", "none"):
+            raise ValueError(f"crop is 'rrc', 'center' or 'none', not {self.crop!r}")
+        if self.size < 1 or not 0 < self.scale[0] <= self.scale[1] <= 1 or not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ValueError(f"need size >= 1, 0 < scale <= 1 and 0 < ratio, low before high; got {self}")
+
+    def __call__(self, sample: Mapping[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:
+        sample, image = _only(sample, self.fields), decode(sample["image"])
+        top, left, (height, width) = 0, 0, image.shape[:2]
+        if self.crop == "rrc":
+            top, left, height, width = random_crop_box(height, width, rng, self.scale, self.ratio)
+        resized = _short_size(height, width, self.size) if self.crop == "center" else (self.size, self.size)
+        part = np.s_[top : top + height, left : left + width]
+
+        def move(values):
+            return center_crop(_nearest(values[part], *resized), self.size)
+
+        return _fixed_shape(
+            sample, image, center_crop(resize(image[part], *resized, self.interpolation), self.size), move
+        )
+
+
+def _only(sample, fields):
+    return {key: value for key, value in sample.items() if not fields or key in fields}
+
+
+def _eval_pixels(image, spec):
+    return center_crop(resize_short(image, spec.resize_size, spec.interpolation), spec.size)
+
+
+def _fixed_shape(sample, original, image, move):
+    """The fields of `sample` that a batch can hold, with the new `image`; `move` does to maps what was done to it."""
+    fields = {"image": image, "label": np.int32(sample.get("label", -1))}
+    for key, value in sample.items():
+        if key in ("mask", "depth"):
+            values = decode_map(value)
+            if values.shape != original.shape[:2]:
+                raise ValueError(f"the {key} has shape {values.shape}, its image {original.shape[:2]}: they must agree")
+            fields[key] = move(values)
+        elif key not in ("image", "label", "boxes") and np.asarray(value).dtype.kind in "biuf":
+            fields[key] = np.asarray(value)
+    return fields
+
+
+def _short_size(height, width, size):
+    if height <= width:
+        return size, int(size * width / height)
+    return int(size * height / width), size
+
+
+def _nearest(values, height, width):
+    """(height, width) of (H, W): the value under the centre of each new pixel, of any dtype."""
+    rows, columns = (
+        np.minimum(((np.arange(new) + 0.5) * (old / new)).astype(int), old - 1)
+        for new, old in zip((height, width), values.shape, strict=True)
+    )
+    return values[rows[:, None], columns]
+
+
+def _check_interpolation(name):
+    if name not in INTERPOLATION:
+        raise ValueError(f"interpolation is one of {', '.join(INTERPOLATION)}, not {name!r}")
+    return INTERPOLATION[name]
+
+
+def _from_array(array, name):
+    if array.dtype != np.uint8:
+        raise DecodeError(f"{name}: image arrays are uint8 from 0 to 255, this is {array.dtype}")
+    if array.ndim == 2:
+        array = array[..., None]
+    if array.ndim != 3 or array.shape[-1] not in (1, 3, 4) or 0 in array.shape:
+        raise DecodeError(f"{name}: image arrays are (H, W, 3), (H, W, 1), (H, W, 4) or (H, W), this is {array.shape}")
+    return np.repeat(array, 3, axis=-1) if array.shape[-1] == 1 else array[..., :3]
+
+
+def _read(image, name):
+    with _pillow_errors(name):
+        if image.mode.startswith("I;16"):
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        elif image.mode == "P" and "transparency" in image.info:
+            # Straight to RGB gives the same pixels, with a warning for each image.
+            image = image.convert("RGBA")
+        return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+class _pillow_errors:
+    """What Pillow raises for a broken file (half a dozen types) as one DecodeError that names the file."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        passes = (DecodeError, FileNotFoundError, PermissionError, MemoryError)
+        if isinstance(error, Exception) and not isinstance(error, passes):
+            raise DecodeError(f"{self.name}: not a readable image ({error})") from error

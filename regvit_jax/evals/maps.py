@@ -1,0 +1,142 @@
+"""Maps: what the patches of a few images look like from inside, as one picture; and how far their norms stick out.
+
+A row an image. Columns: the image; the norm of every patch token in the residual stream after the last block, where
+artifacts show; the first principal component of the patches after the final norm, over all images of the picture.
+"""
+
+import dataclasses
+import logging
+import os
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from regvit_jax import sharding
+from regvit_jax.data.augment import normalize
+from regvit_jax.data.sources import Subset
+from regvit_jax.evals import Evaluator, option
+from regvit_jax.evals.features import batches, place, source_of
+from regvit_jax.models.model import Model
+from regvit_jax.trees import Array
+
+FILE = "maps.png"
+
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Maps(Evaluator):
+    """Writes out_dir/maps.png for the first images of the evaluation source. See the top of the file.
+
+    Metrics, over the images shown: "patch_norm_max_over_median" (about 1 to 2 without artifacts) and, with registers,
+    "register_norm_over_patch", the ratio of median norms.
+    """
+
+    NEEDS = ("eval_data",)
+
+    n: int = option(8, "number of images")
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.check("n", self.n >= 1, "at least 1")
+
+    def run(self, model, *, mesh, out_dir) -> dict[str, float]:
+        source = source_of(self.eval_data)
+        n = min(self.n, len(source))
+        images, norms, patches, registers = _look(model, Subset(source, 0, n), self.workers, mesh)
+        if jax.process_index() == 0:
+            path = pathlib.Path(out_dir) / FILE
+            _draw(path, images, norms, first_component(patches), [_title(source, i) for i in range(n)])
+            _log.info("wrote %s", path)
+        metrics = {"patch_norm_max_over_median": float(norms.max() / np.median(norms))}
+        if registers.size:
+            metrics["register_norm_over_patch"] = float(np.median(registers) / np.median(norms))
+        return metrics
+
+
+def first_component(patches: np.ndarray) -> np.ndarray:
+    """(N, h, w): projection of (N, h, w, D) patches on the direction in which they differ most.
+
+    A principal component has no sign of its own; here the inner half of the images is the positive side.
+    """
+    flat = patches.reshape(-1, patches.shape[-1]).astype(np.float64)
+    flat = flat - flat.mean(axis=0)
+    _, vectors = np.linalg.eigh(flat.T @ flat)
+    component = (flat @ vectors[:, -1]).reshape(patches.shape[:3])
+    _, h, w = component.shape
+    inner = component[:, h // 4 : h - h // 4, w // 4 : w - w // 4].mean()
+    return component if inner >= component.mean() else -component
+
+
+def _look(model, source, workers, mesh):
+    """uint8 (n,S,S,3) images, (n,h,w) norms, (n,h,w,D) normalised patches, (n,R) norms of registers."""
+    model = place(model, mesh)
+    parts = []
+    with jax.set_mesh(mesh):
+        for batch in batches(source, model.preprocessing, batch_size=len(source), mesh=mesh, workers=workers):
+            index, *rest = sharding.gather((batch["index"], batch["image"], *_maps(model, batch["image"])))
+            parts.append([values[index >= 0][np.argsort(index[index >= 0])] for values in rest])
+    return [np.concatenate(column) for column in zip(*parts, strict=True)]
+
+
+@jax.jit
+def _maps(model: Model, images_u8: Array) -> tuple[Array, Array, Array]:
+    """(B,h,w) patch norms of the residual stream, (B,h,w,D) patches after the final norm, (B,R) register norms."""
+    module = model.module()
+    last = f"block{model.config.depth - 1}"
+    spec = model.preprocessing
+    tokens, found = module(normalize(images_u8, spec.mean, spec.std), capture=(last,))
+    stream = module.split(found[last], tokens.grid)
+    outputs = _norm(stream.map()), tokens.map().astype(jnp.float32), _norm(stream.registers)
+    return jax.tree.map(lambda x: sharding.constrain(x, sharding.BATCH), outputs)
+
+
+def _norm(x: Array) -> Array:
+    return jnp.linalg.norm(x.astype(jnp.float32), axis=-1)
+
+
+def _title(source, index):
+    """File name and class, short enough to stand beside an image."""
+    label = source[index].get("label", -1)
+    name = os.path.basename(source.name(index))
+    name = name if len(name) <= 24 else name[:11] + "…" + name[-12:]
+    return f"{name}\n{source.class_names[label]}" if 0 <= label < len(source.class_names) else name
+
+
+def _draw(path, images, norms, components, titles):
+    # The object interface: no window system, and no state shared with other pictures of the program.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows, side = len(images), 1.6
+    figure = Figure(figsize=(3 * side, rows * side + 0.2))
+    grid = dict(left=0, right=1, bottom=0, top=1, wspace=0.05, hspace=0.05, height_ratios=[1] * rows + [0.07])
+    *axes, bars = figure.subplots(rows + 1, 3, gridspec_kw=grid)
+    # One scale for all images: an artifact of one is to be seen against the others, not hidden by a scale of its own.
+    bound = np.percentile(np.abs(components), 99) or 1.0
+    for row, (line, title) in enumerate(zip(axes, titles, strict=True)):
+        line[0].imshow(images[row])
+        norm_map = line[1].imshow(
+            norms[row], cmap="viridis", vmin=norms.min(), vmax=norms.max(), interpolation="nearest"
+        )
+        component_map = line[2].imshow(components[row], cmap="RdBu_r", vmin=-bound, vmax=bound, interpolation="nearest")
+        # A file name may hold $, which matplotlib would take for a formula.
+        line[0].set_ylabel(title, rotation=0, ha="right", va="center", fontsize=7, parse_math=False)
+        for axis in line:
+            axis.set(xticks=[], yticks=[])
+    for axis, heading in zip(axes[0], ("image", "patch norm, last block", "first component"), strict=True):
+        axis.set_title(heading, fontsize=9)
+    bars[0].set_axis_off()
+    for axis, shown, label in ((bars[1], norm_map, "L2 norm"), (bars[2], component_map, "projection")):
+        bar = figure.colorbar(shown, cax=axis, orientation="horizontal")
+        bar.ax.tick_params(labelsize=7)
+        bar.set_label(label, fontsize=7)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}")
+    FigureCanvasAgg(figure).print_figure(unfinished, dpi=110, format="png", bbox_inches="tight")
+    os.replace(unfinished, path)
+
+
+EVALUATOR = Maps

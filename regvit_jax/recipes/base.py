@@ -1,0 +1,172 @@
+"""Recipe: the only contract between the training loop and a method, with the parts that methods share."""
+
+import abc
+import dataclasses
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from regvit_jax.data.transforms import Preprocess
+from regvit_jax.flops import training_flops
+from regvit_jax.models.config import Execution, ViTConfig
+from regvit_jax.models.model import Model
+from regvit_jax.models.zoo import config_of
+from regvit_jax.optim import Group, default_group, lr_schedule
+from regvit_jax.optim.schedules import Schedule
+from regvit_jax.sharding import BATCH, constrain
+from regvit_jax.trees import Array, Tree
+
+Batch = dict[str, Array]
+
+
+class Recipe(abc.ABC):
+    """A training method. Everything but `__init__` is traced inside the one jitted step, or is a constant of it.
+
+    A recipe holds no arrays: params and extras live in the train state and are passed in.
+
+    Attributes:
+      Config: frozen dataclass of the recipe's own keys, mounted at config.<recipe>.
+      vit: architecture of the backbone.
+      run: how it is computed.
+      preprocessing: of the model that comes out.
+    """
+
+    Config: ClassVar[type]
+    labelled: ClassVar[bool] = False  # whether the head has one output for each class of the data
+
+    def __init__(self, config: ConfigDict):
+        """Reads and checks its part of a config.
+
+        Raises:
+          ValueError: naming the key that is not possible.
+        """
+        self.config = config
+        self.vit = vit_config(config)
+        self.run = execution(config)
+        self.preprocessing = Preprocess(
+            size=min(self.vit.image_size),
+            crop_ratio=config.data.crop_ratio,
+            interpolation=config.data.interpolation,
+            mean=tuple(config.data.mean),
+            std=tuple(config.data.std),
+        )
+
+    @property
+    def input_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Global shapes and dtypes of a batch as the loader delivers it."""
+        b, (h, w) = self.config.batch_size, self.vit.image_size
+        return {"image": jax.ShapeDtypeStruct((b, h, w, 3), jnp.uint8), "label": jax.ShapeDtypeStruct((b,), jnp.int32)}
+
+    @abc.abstractmethod
+    def init(self, key: Array, loaded: dict[str, Model]) -> tuple[Tree, Tree]:
+        """(params, extras) at step 0. `loaded` holds models read from disk by name ("init_from"), usually none."""
+
+    @abc.abstractmethod
+    def augment(self, batch: Batch, key: Array, step: Array) -> Batch:
+        """The batch as `loss` wants it: on the accelerator, at global shape."""
+
+    @abc.abstractmethod
+    def loss(self, params: Tree, extras: Tree, batch: Batch, key: Array, step: Array) -> tuple[Array, dict[str, Any]]:
+        """(scalar float32, aux); aux["metrics"] are float32 scalars to log."""
+
+    def after_update(self, params: Tree, extras: Tree, aux: dict[str, Any], step: Array) -> Tree:
+        """Extras after an update: teacher, averages, centres.
+
+        `params` are the new ones, `step` the number of updates before.
+        """
+        del params, aux, step
+        return extras
+
+    def schedules(self) -> dict[str, Schedule]:
+        """What `Group.lr_schedule` may name, and "wd" where the weight decay has a course of its own."""
+        return {"lr": lr_schedule(self.config.optim, self.config.total_steps)}
+
+    def train_flops(self) -> float:
+        """FLOPs of one training image, forward and backward, all its views together."""
+        return training_flops(self.vit)
+
+    def param_groups(self, path: str) -> Group:
+        """What the optimiser does with a parameter."""
+        return default_group(path, depth=self.vit.depth, layer_decay=self.config.optim.layer_decay)
+
+    def grads(
+        self, params: Tree, extras: Tree, batch: Batch, key: Array, step: Array
+    ) -> tuple[Array, dict[str, Any], Tree]:
+        """(loss, aux, gradients): the mean over config.accum_steps micro-batches, right for losses that are means over
+        examples.
+
+        Micro-batch i takes rows i, i + A, i + 2A, …, so that each of them is spread over all devices like the whole
+        batch. A recipe whose loss couples examples overrides this, or refuses accumulation.
+        """
+        value_and_grad = jax.value_and_grad(self.loss, has_aux=True)
+        count = self.config.accum_steps
+        if count == 1:
+            (loss, aux), grads = value_and_grad(params, extras, batch, key, step)
+            return loss, aux, grads
+
+        def micro_batches(x):
+            return constrain(jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1), None, BATCH)
+
+        def one(total, part):
+            (loss, aux), grads = value_and_grad(params, extras, part["batch"], part["key"], step)
+            return jax.tree.map(lambda t, x: t + x / count, total, (loss, aux, grads)), None
+
+        parts = {"batch": jax.tree.map(micro_batches, batch), "key": jax.random.split(key, count)}
+        first = jax.tree.map(lambda x: x[0], parts)
+        (loss, aux), grads = jax.eval_shape(lambda p: value_and_grad(params, extras, p["batch"], p["key"], step), first)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (loss, aux, grads))
+        return jax.lax.scan(one, zeros, parts)[0]
+
+    @abc.abstractmethod
+    def eval_model(self, params: Tree, extras: Tree) -> Model:
+        """The model that is measured and saved: a selection of leaves of the state, nothing computed."""
+
+
+def vit_config(config: ConfigDict) -> ViTConfig:
+    """The architecture that config.model describes.
+
+    Raises:
+      ValueError: naming the key.
+    """
+    changes = {name: value for name, value in config.model.items() if name != "name" and value is not None}
+    try:
+        return config_of(config.model.name, **changes)
+    except ValueError as error:
+        raise ValueError(f"config.model: {error}") from error
+
+
+def execution(config: ConfigDict) -> Execution:
+    """dtype (auto resolved for the devices here), remat, unroll and attention of a config."""
+    dtype = config.dtype
+    if dtype == "auto":
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return Execution(dtype=dtype, remat=config.remat, unroll=config.unroll, attention=config.attention)
+
+
+def graft(fresh: Tree, model: Model, vit: ViTConfig) -> Tree:
+    """`fresh` parameters with those of a loaded model in their place; its head is kept only if it has the same classes.
+
+    Raises:
+      ValueError: if the architectures differ in anything else.
+    """
+    ignored = {
+        "num_classes": 0,
+        "drop_path": 0.0,
+        "drop_path_uniform": False,
+        "token_init_std": 0.0,
+        "position_init": "normal",
+    }
+    ours, theirs = (dataclasses.replace(c, **ignored) for c in (vit, model.config))
+    if ours != theirs:
+        mine, other = ours.to_json(), theirs.to_json()
+        wrong = ", ".join(
+            f"{name}: {other[name]} there, {mine[name]} here" for name in mine if mine[name] != other[name]
+        )
+        raise ValueError(f"init_from holds another architecture ({wrong}); set config.model to match it")
+    taken = dict(model.params)
+    if model.config.num_classes != vit.num_classes:
+        taken.pop("head", None)
+    taken = {name: value for name, value in taken.items() if name in fresh}
+    return fresh | jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), taken)
