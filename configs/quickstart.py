@@ -16,6 +16,7 @@ def get_config():
     c.data.train, c.data.scale, c.data.crop_ratio = "scenes:", (0.4, 1.0), 1.0
     c.batch_size, c.total_steps = 64, 568
     c.optim.lr, c.optim.warmup_steps, c.optim.weight_decay, c.optim.clip_norm = 1e-3, 56, 0.05, 3.0
+    c.remat = "dots"  # a CPU recomputes faster than it fetches
     c.log_every, c.save_every, c.eval_every = 25, 200, 568
     c.evals.knn = evaluator("knn", at_start=True)
     c.evals.linear = evaluator("linear", at_start=True)

@@ -105,3 +105,10 @@ def test_the_command_of_quickstart_names_files_that_exist():
     command = re.search(r"-m (\S+) --config=(\S+)", (ROOT / "Makefile").read_text())
     assert (ROOT / (command[1].replace(".", "/") + ".py")).is_file()
     assert (ROOT / command[2]).is_file()
+
+
+def test_the_readme_has_a_line_for_every_file_of_the_package():
+    tree = (ROOT / "README.md").read_text().split("```\nregvit_jax/\n")[1].split("```")[0]
+    named = set(re.findall(r"[\w]+\.py", tree))
+    files = {path.name for path in (ROOT / "regvit_jax").rglob("*.py")}
+    assert files == named
