@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--out", default="", help="JSON file for the numbers; default: only printed")
     evaluate.add_argument(
-        "--pictures", default="eval", help="folder for results and pictures of each task (default: eval)"
+        "--pictures", default=".", help="results and pictures go to its eval/TASK/ (default: the current folder)"
     )
     evaluate.add_argument(
         "--image_size", type=int, default=None, help="side of the images in pixels; default: the model's own"

@@ -11,6 +11,7 @@ import atexit
 import contextlib
 import dataclasses
 import functools
+import gc
 import logging
 import multiprocessing
 import os
@@ -266,9 +267,15 @@ def _grain(batches, workers):
     _close_at_exit()
     iterator = iter(dataset)
     try:
-        yield from iterator
+        for batch in iterator:
+            # Batches of workers lie in shared memory, which JAX on a CPU would keep hold of to the end of the program.
+            yield {name: np.array(array) for name, array in batch.items()} if workers else batch
     finally:
         iterator.close()
+        # The last batch of each worker hangs in a cycle of references; left there, Python complains of it at its end.
+        del iterator, dataset
+        batch = None
+        gc.collect()
 
 
 def _follow_the_parent(index, count):

@@ -44,7 +44,7 @@ class Linear(Evaluator):
     l2: tuple[float, ...] = option(
         (1.0, 0.1, 0.01, 1e-3, 1e-4, 1e-5, 1e-6), "penalties to choose from: l2 / 2 * |W|^2 beside the mean loss"
     )
-    max_iter: int = option(200, "most L-BFGS steps of one fit")
+    max_iter: int = option(500, "most L-BFGS steps of one fit")
 
     def __post_init__(self):
         super().__post_init__()

@@ -72,7 +72,7 @@ class Supervised(Recipe):
             )
         if self.vit.num_classes < 2:
             raise ValueError(
-                f"config.data.train={config.data.train!r} has {self.vit.num_classes} classes: supervised training "
+                f"config.data.train={config.data.train!r} has no classes to tell apart: supervised training "
                 "needs labels, such as one sub-folder a class"
             )
 
