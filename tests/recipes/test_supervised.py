@@ -149,7 +149,7 @@ def test_the_batch_is_described_as_the_loader_delivers_it():
         ({"mixup": -0.1}, "config.supervised.mixup"),
         ({"mix_prob": 1.5}, "config.supervised.mix_prob"),
         ({"ema": 1.0}, r"config.supervised.ema=1.0 must be in \[0, 1\)"),
-        ({"model__num_classes": 0}, "has 0 classes: supervised training needs labels.*sub-folder"),
+        ({"model__num_classes": 0}, "no classes to tell apart: supervised training needs labels.*sub-folder"),
         ({"mixup": 0.8, "model__pool": "sum"}, "config.model: pool='sum'"),
     ],
 )
