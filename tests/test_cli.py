@@ -1,0 +1,76 @@
+"""The `regvit` command: a model measured from the command line, what it prints and writes, and how it refuses."""
+
+import importlib.util
+import json
+import pathlib
+
+import pytest
+
+import regvit_jax as rv
+from regvit_jax import cli
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    spec = importlib.util.spec_from_file_location("tiny", pathlib.Path(__file__).with_name("tiny.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    shape = dict(width=16, depth=1, num_heads=2, mlp_dim=16, image_size=16, patch_size=8, num_classes=4)
+    folder = tmp_path_factory.mktemp("model")
+    rv.save_model(rv.create_model("vit_ti16_reg2", **shape), folder)
+    return folder
+
+
+def test_eval_prints_a_table_and_writes_the_numbers(saved, tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("regvit_jax.main.set_up_logging", lambda: None)
+    data = tiny.write_npz(tmp_path / "data.npz")
+    out = tmp_path / "new" / "results.json"
+    tasks = ["--task=accuracy", "--task=knn", "--task=maps"]
+    arguments = ["eval", f"--model={saved}", f"--data={data}", *tasks, f"--out={out}", f"--pictures={tmp_path}"]
+    assert cli.main([*arguments, "--set=n=2"]) == 2  # an option of maps is none of knn
+    assert "--set n=2" in capsys.readouterr().err
+    assert cli.main([*arguments, "--set=batch_size=8"]) == 0
+    record = json.loads(out.read_text())
+    assert record["data"] == data and record["eval_data"] == f"{data}#test"
+    assert 0 <= record["metrics"]["accuracy/top1"] <= 1 and "knn/top1_k10" in record["metrics"]
+    printed = capsys.readouterr().out
+    assert "knn/top1 " in printed and saved.name in printed
+    assert (tmp_path / "eval/maps/maps.png").stat().st_size > 1000
+    options = json.loads((tmp_path / "eval/knn/results.json").read_text())["options"]
+    assert options["batch_size"] == 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"--model": "/nowhere"}, "/nowhere holds no model"),
+        ({"--task": "knnn"}, "unknown evaluator 'knnn'"),
+        ({"--data": "photos"}, "names no data source"),
+        ({"--set": "k"}, "--set k: write KEY=VALUE"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(saved, tiny, tmp_path, capsys, monkeypatch, changes, said):
+    monkeypatch.setattr("regvit_jax.main.set_up_logging", lambda: None)
+    given = {"--model": str(saved), "--task": "knn", "--data": tiny.write_npz(tmp_path / "data.npz")} | changes
+    assert cli.main(["eval", *(f"{name}={value}" for name, value in given.items())]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+
+
+def test_options_take_the_type_of_their_default():
+    assert cli._options("knn", ["k=5,10", "temperature=1", "feature=mean_patch"]) == {
+        "k": (5, 10),
+        "temperature": 1.0,
+        "feature": "mean_patch",
+    }
+
+
+def test_models_are_listed(capsys, monkeypatch):
+    monkeypatch.setattr("regvit_jax.main.set_up_logging", lambda: None)
+    assert cli.main(["models"]) == 0
+    assert capsys.readouterr().out.split() == rv.list_models()
