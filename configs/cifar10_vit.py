@@ -3,8 +3,8 @@
     python -m regvit_jax.main --config=configs/cifar10_vit.py --workdir=runs/cifar10 \
         --config.data.train=npz:cifar10_jpeg.npz
 
-Three passes over 50,000 images: 1,170 steps of 128, 17 min 46 s on 2 AMD EPYC cores with three evaluations. Expect 54.8 %
-top-1 of the head (46.1 after one pass); measured 2026-11-21, one seed, jax 0.10.2.
+Three passes over 50,000 images: 1,170 steps of 128, 17 min 46 s on 2 AMD EPYC cores with three evaluations. Expect
+54.8 % top-1 of the head (46.1 after one pass); measured 2026-11-21, one seed, jax 0.10.2.
 
 The same from a plain folder of the same files, train/CLASS/*.jpg and test/CLASS/*.jpg: --config.data.train=folder:DIR
 """
