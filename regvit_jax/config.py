@@ -54,9 +54,10 @@ class Run:
     eval_every: int = key(1000, "steps between evaluations; 0 = no evaluation at all", runtime=True)
     keep: int = key(2, "newest checkpoints kept", runtime=True)
     keep_best: str = key("", "metric, such as knn/top1, whose best checkpoint is kept too", runtime=True)
-    remat: str = key("none", "what the backward pass recomputes: none | dots | full", runtime=True)
+    remat: str = key("none", "what the backward pass recomputes: none | dots | named | full", runtime=True)
     unroll: bool = key(False, "a Python loop over blocks instead of a scan", runtime=True)
-    attention: str = key("auto", "implementation: auto | xla | reference", runtime=True)
+    attention: str = key("auto", "implementation: auto | cudnn | xla | reference", runtime=True)
+    xla_flags: str = key("default", "append flags that help on the device to XLA_FLAGS: default | none", runtime=True)
     compile_cache: str = key(
         "default", "folder of compiled programs; default = ~/.cache/regvit_jax/xla, empty = off", runtime=True
     )
@@ -83,7 +84,7 @@ class ModelKeys:
     resampler: str | None = key(None, "of positions at another grid: antialias | bicubic | bicubic_offset")
     class_token: bool | None = key(None, "whether there is one")
     mask_token: bool | None = key(None, "whether there is one")
-    pool: str | None = key(None, "what the head sees: token | avg | map")
+    pool: str | None = key(None, "what the head sees: token | avg | token_avg | map")
     final_norm: bool | None = key(None, "LayerNorm over all tokens at the end")
     fc_norm: bool | None = key(None, "LayerNorm on the pooled vector")
     num_classes: int | None = key(None, "classes of the head; unset = those of data.train")
@@ -103,6 +104,9 @@ class DataKeys:
     mean: tuple[float, float, float] = key((0.485, 0.456, 0.406), "of the pixels in 0..1, subtracted")
     std: tuple[float, float, float] = key((0.229, 0.224, 0.225), "of the pixels in 0..1, divided by")
     workers: int = key(0, "decoding processes; 0 = threads of this one", runtime=True)
+    max_bad: float = key(
+        0.01, "share of unreadable training images, replaced and named, past which the run stops", runtime=True
+    )
     cache: str = key("none", "keep the decoded set: none | host | device; needs crop center or none", runtime=True)
 
 
@@ -209,8 +213,9 @@ def validate(config: ConfigDict, *, devices: int) -> None:
         need(get(c, name) >= 0, name, "must be 0 or more")
     choices = {
         "dtype": ("auto", "float32", "bfloat16"),
-        "remat": ("none", "dots", "full"),
-        "attention": ("auto", "xla", "reference"),
+        "remat": ("none", "dots", "named", "full"),
+        "attention": ("auto", "cudnn", "xla", "reference"),
+        "xla_flags": ("default", "none"),
         "data.crop": ("rrc", "center", "none"),
         "data.cache": ("none", "host", "device"),
     }
@@ -223,6 +228,7 @@ def validate(config: ConfigDict, *, devices: int) -> None:
         "data.cache",
         "random crops on the host cannot be cached: set data.crop to center or none",
     )
+    need(0 <= c.data.max_bad <= 1, "data.max_bad", "a share, from 0 to 1")
     need(0 < c.data.crop_ratio <= 1, "data.crop_ratio", "must lie in (0, 1]")
     for name, most in (("data.scale", 1.0), ("data.ratio", math.inf)):
         pair = get(c, name)

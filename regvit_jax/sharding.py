@@ -58,13 +58,19 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
 def constrain(x: Array, *spec) -> Array:
     """`x` pinned to PartitionSpec(*spec) on the mesh in use; `x` itself where there is none or one device.
 
-    One call after every residual add keeps the partitioner from sharding activations by feature, which floods the step
-    with all-to-alls.
+    Without a spec: whole on every device. One call after every residual add keeps the partitioner from sharding
+    activations by feature, which floods the step with collectives.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or "data" not in mesh.axis_names:
         return x
     return jax.lax.with_sharding_constraint(x, P(*spec))
+
+
+def axis_size(name: str) -> int:
+    """Devices along an axis of the mesh in use; 1 where there is none."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty or name not in mesh.axis_names else mesh.shape[name]
 
 
 def spec_for(path: str, shape: Sequence[int], mesh: Mesh, min_bytes: int, itemsize: int = 4) -> P:

@@ -100,7 +100,10 @@ def test_a_config_that_can_be_passes():
         ({"total_steps": 0}, "config.total_steps=0 is not possible: must be at least 1"),
         ({"save_every": -1}, "config.save_every=-1 .* 0 or more"),
         ({"dtype": "float16"}, "config.dtype='float16' .* one of auto, float32, bfloat16"),
-        ({"attention": "flash"}, "must be one of auto, xla, reference"),
+        ({"attention": "flash"}, "must be one of auto, cudnn, xla, reference"),
+        ({"remat": "some"}, "must be one of none, dots, named, full"),
+        ({"xla_flags": "all"}, "must be one of default, none"),
+        ({"data__max_bad": 1.5}, "config.data.max_bad=1.5 is not possible: a share, from 0 to 1"),
         ({"data__train": ""}, "config.data.train='' .* folder:/my/images"),
         ({"data__crop": "rrc", "data__cache": "host"}, "config.data.cache='host' .*set data.crop to center or none"),
         ({"data__crop_ratio": 1.5}, r"config.data.crop_ratio=1.5 .*\(0, 1\]"),
@@ -134,7 +137,8 @@ def test_what_cannot_be_is_refused_with_the_remedy(change, message):
         validate(changed(**change), devices=8)
 
 
-RUNTIME = """log_every save_every eval_every keep keep_best remat unroll attention compile_cache data.workers data.cache
+RUNTIME = """log_every save_every eval_every keep keep_best remat unroll attention xla_flags compile_cache
+data.workers data.cache data.max_bad
     mesh.data mesh.fsdp mesh.tensor mesh.fsdp_min_bytes profile.start profile.steps evals.knn.k evals.linear.l2"""
 DECISIVE = """seed total_steps batch_size accum_steps groups dtype init_from model.name model.registers data.train
     data.eval data.crop data.scale optim.lr optim.name supervised.mixup supervised.ema schema recipe"""

@@ -157,6 +157,17 @@ class TestConstrain:
             y = jax.jit(lambda x: sharding.constrain(2 * x, sharding.BATCH))(np.ones((8, 4), np.float32))
         assert y.sharding.is_equivalent_to(sharding.batch_sharding(mesh), 2)
 
+    def test_without_a_spec_gathers(self):
+        mesh = make_mesh(1, 8)
+        with jax.set_mesh(mesh):
+            y = jax.jit(sharding.constrain)(jax.device_put(np.ones((8, 4)), NamedSharding(mesh, P("fsdp"))))
+        assert y.sharding.is_fully_replicated
+
+    def test_sizes_of_axes_are_those_of_the_mesh_in_use(self):
+        assert sharding.axis_size("tensor") == 1
+        with jax.set_mesh(make_mesh(1, 2, 4)):
+            assert [sharding.axis_size(name) for name in (*sharding.AXES, "model")] == [1, 2, 4, 1]
+
 
 class TestReport:
     @staticmethod

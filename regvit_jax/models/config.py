@@ -7,10 +7,10 @@ from typing import Any
 POSITION_ROWS = ("patches", "cls", "all", "none")
 RESAMPLERS = ("antialias", "bicubic", "bicubic_offset")
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "swiglu")
-POOLS = ("token", "avg", "map")
+POOLS = ("token", "avg", "token_avg", "map")
 DTYPES = ("float32", "bfloat16")
-REMATS = ("none", "dots", "full")
-ATTENTIONS = ("auto", "xla", "reference")
+REMATS = ("none", "dots", "named", "full")
+ATTENTIONS = ("auto", "cudnn", "xla", "reference")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,8 @@ class ViTConfig:
       drop_path: highest stochastic-depth rate, used when the call gets a key.
       drop_path_uniform: every block at `drop_path` (DeiT-III), instead of a ramp from 0 (DINOv2, timm).
       final_norm: LayerNorm over all tokens at the end; without it `Tokens` are the residual stream.
-      pool: what `logits` looks at: the class token, the mean of the patches, or an attention pool over them.
+      pool: what `logits` looks at: the class token, the mean of the patches, both side by side (2 D: DINOv2's linear
+        classifier, Hugging Face), or an attention pool over the patches.
       fc_norm: LayerNorm on the pooled vector.
       num_classes: C of the head; 0 for none.
       token_init_std: of class and register tokens at initialisation.
@@ -91,10 +92,12 @@ class ViTConfig:
             raise ValueError(f"width {self.width} is not a multiple of num_heads {self.num_heads}")
         if self.registers < 0:
             raise ValueError(f"registers must be 0 or more, got {self.registers}")
-        if not self.class_token and (self.pool == "token" or self.position == "cls"):
+        if not self.class_token and (self.pool.startswith("token") or self.position == "cls"):
             raise ValueError(
                 "without a class token, pool must be 'avg' or 'map' and position 'patches', 'all' or 'none'"
             )
+        if self.fc_norm and self.pool == "token_avg":
+            raise ValueError("pool='token_avg' has no norm of the pooled vector: fc_norm must be False")
         if self.position_init == "sincos" and self.width % 4:
             raise ValueError(f"position_init='sincos' needs a width divisible by 4, got {self.width}")
         if not 0.0 <= self.drop_path < 1.0:
@@ -160,10 +163,11 @@ class Execution:
 
     Attributes:
       dtype: of the residual stream and the matrix products; norms, softmax and position resampling stay in float32.
-      remat: what the backward pass recomputes: "none", "dots" (keeps matrix products) or "full" (keeps block inputs
-        only).
+      remat: what the backward pass recomputes: "none", "dots" (keeps matrix products, but those inside the attention),
+        "named" (keeps q, k, v, the attention's output, the residual behind it and the hidden units before their
+        activation: repeats no matrix product outside the attention) or "full" (keeps block inputs only).
       unroll: a Python loop over blocks instead of a scan: faster steps on a GPU, longer compilation.
-      attention: "auto", "xla" or "reference".
+      attention: "auto", "cudnn", "xla" or "reference" (see ops.attention).
     """
 
     dtype: str = "float32"

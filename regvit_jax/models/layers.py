@@ -3,18 +3,25 @@
 They hold Params only: no RNG, no mutable state; keys come with the call.
 """
 
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from regvit_jax.models.config import Execution, ViTConfig
 from regvit_jax.ops.attention import attention, attention_weights
-from regvit_jax.sharding import BATCH, constrain
+from regvit_jax.sharding import BATCH, axis_size, constrain
 from regvit_jax.trees import Array
 
 WEIGHT_STD = 0.02
+
+# What remat="named" keeps of a block beside its input. From these the backward pass makes all it needs with norms and
+# activations alone: no matrix product is repeated, and of the attention only what its own backward pass repeats.
+SAVED = ("q", "k", "v", "attn_out", "attn_residual", "fc1")
 
 
 def linear(inputs: int, outputs: int, *, run: Execution, rngs: nnx.Rngs, bias: bool = True) -> nnx.Linear:
@@ -50,15 +57,17 @@ class Attention(nnx.Module):
         self.proj = linear(d, d, run=run, rngs=rngs)
         self.num_heads, self.implementation = config.num_heads, run.attention
 
-    def __call__(self, x: Array, want: tuple = ()) -> tuple[Array, dict[str, Array]]:
-        """(B, N, D) -> (B, N, D), and what `want` names of q, k, v (B, N, H, K) and attn (B, H, Q, N)."""
-        q, k, v = (y.reshape(*x.shape[:2], self.num_heads, -1) for y in self._qkv(x))
+    def __call__(self, x: Array, gain: Array | None = None, want: tuple = ()) -> tuple[Array, dict[str, Array]]:
+        """(B, N, D) -> (B, N, D), times `gain` (D,), and what `want` names of q, k, v (B, N, H, K) and attn (B, H, Q,
+        N)."""
+        heads = (*x.shape[:2], self.num_heads, -1)
+        q, k, v = (checkpoint_name(y.reshape(heads), name) for y, name in zip(self._qkv(x), "qkv", strict=True))
         found = {name: {"q": q, "k": k, "v": v}[name] for name, _ in want if name in ("q", "k", "v")}
         for name, rows in want:
             if name == "attn":
                 found[name, rows] = attention_weights(q, k, rows=rows)
-        y = attention(q, k, v, implementation=self.implementation)
-        return self.proj(y.reshape(x.shape)), found
+        y = checkpoint_name(attention(q, k, v, implementation=self.implementation), "attn_out")
+        return project(y.reshape(x.shape), self.proj, gain), found
 
     def _qkv(self, x: Array) -> list[Array]:
         """Three products with slices of one kernel: slicing weights is cheap, slicing a fused (B, N, 3D) activation is
@@ -71,7 +80,8 @@ class Attention(nnx.Module):
 class Mlp(nnx.Module):
     """Two projections around an activation.
 
-    For SwiGLU, fc1 makes [gate, value] and the hidden units are silu(gate) * value.
+    For SwiGLU, fc1 makes [gate, value] and the hidden units are silu(gate) * value. Its kernel is stored as (D, 2 M),
+    as every reference has it, and split over tensor devices as it lies: some of them hold gates, some values.
     """
 
     def __init__(self, config: ViTConfig, run: Execution, *, rngs: nnx.Rngs):
@@ -80,14 +90,57 @@ class Mlp(nnx.Module):
         self.fc2 = linear(config.mlp_dim, config.width, run=run, rngs=rngs)
         self.activation = config.activation
 
-    def __call__(self, x: Array) -> tuple[Array, Array]:
-        """(B, N, D) -> (B, N, D) and the hidden units (B, N, mlp_dim)."""
-        hidden = activate(self.fc1(x), self.activation)
-        return self.fc2(hidden), hidden
+    def __call__(self, x: Array, gain: Array | None = None) -> tuple[Array, Array]:
+        """(B, N, D) -> (B, N, D), times `gain` (D,), and the hidden units (B, N, mlp_dim)."""
+        parts = self._gate_and_value(x) if self.activation == "swiglu" else [project(x, self.fc1)]
+        hidden = activate(*(checkpoint_name(part, "fc1") for part in parts), activation=self.activation)
+        return project(hidden, self.fc2, gain), hidden
+
+    def _gate_and_value(self, x: Array) -> Sequence[Array]:
+        if axis_size("tensor") == 1:
+            return jnp.split(project(x, self.fc1), 2, axis=-1)
+        return gate_and_value(x, self.fc1.kernel[...].astype(x.dtype), self.fc1.bias[...].astype(x.dtype))
 
 
-def activate(x: Array, activation: str) -> Array:
-    """The activation of an MLP; "swiglu" halves the last axis."""
+# As a rematerialised part, whatever the policy around it: the kernel that a product sees is gathered, and would be kept
+# for the backward pass in every block. From the stored shards it is cheap to make again.
+@functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable, prevent_cse=False)
+def gate_and_value(x: Array, kernel: Array, bias: Array) -> tuple[Array, Array]:
+    """The two halves (B, N, M) of x (B, N, D) times a kernel (D, 2 M), each spread over tensor devices by hidden unit.
+
+    A unit's gate meets its value on one device at the price of moving weights; to halve a (B, N, 2 M) activation would
+    move that.
+    """
+    # By way of the rows: from columns of (D, 2 M) straight to columns of (D, 2, M) the partitioner knows no way but to
+    # gather all of it.
+    kernel = constrain(constrain(kernel, None, "tensor"), "tensor").reshape(x.shape[-1], 2, -1)
+    kernel, bias = constrain(kernel, None, None, "tensor"), constrain(constrain(bias).reshape(2, -1), None, "tensor")
+    return x @ kernel[:, 0] + bias[0], x @ kernel[:, 1] + bias[1]
+
+
+def project(x: Array, layer: nnx.Linear, gain: Array | None = None) -> Array:
+    """(..., I) -> (..., O) in the dtype of x; with `gain` (O,), every output channel is multiplied by it.
+
+    The gain goes into the weights, which is the same product: nothing of the activation's size has to be multiplied, or
+    kept for the gradient of the gain.
+    """
+    kernel, bias = layer.kernel[...].astype(x.dtype), layer.bias[...].astype(x.dtype)
+    if gain is not None:
+        kernel, bias = kernel * gain.astype(x.dtype), bias * gain.astype(x.dtype)
+    return x @ kernel + bias
+
+
+def gathered(param: nnx.Param, dtype: Any) -> Array:
+    """A matrix outside of the blocks as a product takes it: whole on every device.
+
+    In the blocks the residual stream tells the partitioner to gather weights. At either end of the network there is
+    none, and it would cut the sum over the inputs into pieces instead, to add up activations of all devices.
+    """
+    return constrain(param[...].astype(dtype))
+
+
+def activate(x: Array, value: Array | None = None, *, activation: str) -> Array:
+    """The activation of an MLP. "swiglu" takes gate and value."""
     match activation:
         case "gelu":
             return jax.nn.gelu(x, approximate=False)
@@ -96,20 +149,15 @@ def activate(x: Array, activation: str) -> Array:
         case "quick_gelu":
             return x * jax.nn.sigmoid(1.702 * x)
         case "swiglu":
-            gate, value = jnp.split(x, 2, axis=-1)
-            return jax.nn.silu(gate) * value
+            return jax.nn.silu(x) * value
     raise ValueError(f"unknown activation {activation!r}")
 
 
 class LayerScale(nnx.Module):
-    """A learnt gain per channel on a branch (CaiT)."""
+    """A learnt gain per channel on a branch (CaiT), applied by the last projection of the branch."""
 
     def __init__(self, width: int, value: float):
         self.gamma = nnx.Param(jnp.full((width,), value, jnp.float32))
-
-    def __call__(self, x: Array) -> Array:
-        # Cast at use: a float32 gain would promote the whole residual stream.
-        return x * self.gamma[...].astype(x.dtype)
 
 
 class Block(nnx.Module):
@@ -125,30 +173,47 @@ class Block(nnx.Module):
             self.ls2 = LayerScale(config.width, config.layerscale)
         self.scaled = config.layerscale is not None
 
-    def __call__(self, x: Array, key: Array | None, rate: Any, want: tuple = ()) -> tuple[Array, dict[Any, Array]]:
+    def __call__(self, x: Array, alive: Array | None, rate: Any, want: tuple = ()) -> tuple[Array, dict[Any, Array]]:
         """One block.
 
         Args:
           x: (B, N, D).
-          key: of this block's stochastic depth; None turns it off.
+          alive: (2, B) bool, False where stochastic depth drops a sample's branch; None turns it off.
           rate: scalar, the chance that a branch of a sample is dropped.
           want: ((name, rows), ...) of q, k, v, attn, mlp to return beside the output.
         """
-        attn_key, mlp_key = (None, None) if key is None else jax.random.split(key)
-        y, found = self.attn(self.norm1(x), want)
-        x = constrain(x + drop_path(self.ls1(y) if self.scaled else y, attn_key, rate), BATCH)
-        y, hidden = self.mlp(self.norm2(x))
-        x = constrain(x + drop_path(self.ls2(y) if self.scaled else y, mlp_key, rate), BATCH)
+        attn_alive, mlp_alive = (None, None) if alive is None else alive
+        gains = (self.ls1.gamma[...], self.ls2.gamma[...]) if self.scaled else (None, None)
+        y, found = self.attn(self.norm1(x), gains[0], want)
+        x = checkpoint_name(add_branch(x, drop_path(y, attn_alive, rate)), "attn_residual")
+        y, hidden = self.mlp(self.norm2(x), gains[1])
+        x = add_branch(x, drop_path(y, mlp_alive, rate))
         if ("mlp", None) in want:
             found["mlp"] = hidden
         return x, found
 
 
-def drop_path(y: Array, key: Array | None, rate: Any) -> Array:
-    """Stochastic depth: each sample's branch is zeroed with chance `rate`, survivors are divided by the chance to
+def add_branch(x: Array, y: Array) -> Array:
+    """The residual add. Here, and only here, the residual stream is pinned to devices by example: without it the
+    partitioner takes the layout of the parameters for the activations, and every layer shuffles them around."""
+    return constrain(x + y, BATCH)
+
+
+def branches(key: Array, batch: int, rates: Array) -> Array:
+    """(B, depth, 2) bool: which branches of which samples live, given the rate of each block at which they do not."""
+
+    def draw(key, rate):
+        return jax.random.bernoulli(key, 1.0 - rate, (batch,))
+
+    keys = jax.vmap(jax.random.split)(jax.random.split(key, len(rates)))
+    alive = jax.vmap(jax.vmap(draw, (0, None)))(keys, jnp.asarray(rates, jnp.float32))
+    return jnp.moveaxis(alive, -1, 0)
+
+
+def drop_path(y: Array, alive_b: Array | None, rate: Any) -> Array:
+    """Stochastic depth: a sample's branch is zeroed where it does not live, survivors are divided by the chance to
     survive."""
-    if key is None:
+    if alive_b is None:
         return y
     keep = 1.0 - jnp.asarray(rate, jnp.float32)
-    alive = jax.random.bernoulli(key, keep, (y.shape[0],) + (1,) * (y.ndim - 1))
-    return y * (alive / keep).astype(y.dtype)
+    return y * (alive_b.reshape(-1, *[1] * (y.ndim - 1)) / keep).astype(y.dtype)

@@ -28,12 +28,15 @@ class Model:
       config: the architecture.
       run: how it is computed (dtype, remat, unroll, attention).
       preprocessing: size, crop ratio, interpolation, mean and std that these weights expect.
+      origin: the record of a conversion (`convert.origin.Origin`); no part of the pytree, so a model that went through
+        jit, grad or tree.map has none.
     """
 
     params: Tree
     config: ViTConfig
     run: Execution = Execution()
     preprocessing: Preprocess = Preprocess()
+    origin: Any = None
 
     def __call__(
         self, images: Array, *, patch_mask: Array | None = None, key: Array | None = None, capture: Sequence[str] = ()
@@ -83,7 +86,9 @@ class Model:
         )
 
 
-jax.tree_util.register_dataclass(Model, data_fields=["params"], meta_fields=["config", "run", "preprocessing"])
+jax.tree_util.register_dataclass(
+    Model, data_fields=["params"], meta_fields=["config", "run", "preprocessing"], drop_fields=["origin"]
+)
 
 
 def init_params(config: ViTConfig, key: Array) -> Tree:
@@ -94,7 +99,7 @@ def init_params(config: ViTConfig, key: Array) -> Tree:
 
 def abstract_params(config: ViTConfig) -> Tree:
     """The same tree of jax.ShapeDtypeStruct, without computing anything."""
-    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    return jax.tree.map(lambda leaf: leaf, _abstract_params(config))  # The caller may change its dicts.
 
 
 def intermediate(model: Model, images: Array, blocks: Sequence[int], norm: bool = False) -> list[Tokens]:
@@ -107,6 +112,11 @@ def intermediate(model: Model, images: Array, blocks: Sequence[int], norm: bool 
       norm: apply the network's final norm to each; otherwise the residual stream, where artifacts are measured.
     """
     return _intermediate(model, images, tuple(int(b) for b in blocks), norm)
+
+
+@functools.lru_cache(maxsize=64)
+def _abstract_params(config: ViTConfig) -> Tree:
+    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
 
 
 @functools.lru_cache(maxsize=64)

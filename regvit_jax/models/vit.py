@@ -6,14 +6,14 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from regvit_jax.models import capture as captures
 from regvit_jax.models.config import Execution, ViTConfig
 from regvit_jax.models.heads import AttentionPool
-from regvit_jax.models.layers import WEIGHT_STD, Block, layer_norm, linear
+from regvit_jax.models.layers import SAVED, WEIGHT_STD, Block, branches, gathered, layer_norm, linear
 from regvit_jax.models.posembed import resample, sincos
-from regvit_jax.sharding import BATCH, constrain
 from regvit_jax.trees import Array
 
 
@@ -66,7 +66,7 @@ class PatchEmbed(nnx.Module):
             .transpose(0, 1, 3, 2, 4, 5)
             .reshape(-1, h * w, p * p * 3)
         )
-        x = x @ self.kernel[...].astype(x.dtype)
+        x = x @ gathered(self.kernel, x.dtype)
         return x if self.bias is None else x + self.bias[...].astype(x.dtype)
 
 
@@ -94,7 +94,8 @@ class VisionTransformer(nnx.Module):
         self.norm = layer_norm(d, config, run=run, rngs=rngs) if config.final_norm else None
         self.attn_pool = AttentionPool(config, run, rngs=rngs) if config.pool == "map" else None
         self.fc_norm = layer_norm(d, config, run=run, rngs=rngs) if config.fc_norm else None
-        self.head = linear(d, config.num_classes, run=run, rngs=rngs) if config.num_classes else None
+        pooled = 2 * d if config.pool == "token_avg" else d
+        self.head = linear(pooled, config.num_classes, run=run, rngs=rngs) if config.num_classes else None
 
     def __call__(
         self, images: Array, *, patch_mask: Array | None = None, key: Array | None = None, capture: tuple[str, ...] = ()
@@ -104,7 +105,8 @@ class VisionTransformer(nnx.Module):
         Args:
           images: (B, H, W, 3), normalised; H and W multiples of the patch size.
           patch_mask: (B, P) bool; True patches are replaced by the mask token (they keep their position).
-          key: randomness of stochastic depth; None computes the deterministic network.
+          key: randomness of stochastic depth, or what `layers.branches` drew from it; None computes the
+            deterministic network.
           capture: names of `models.capture` to return beside the tokens.
 
         Returns:
@@ -146,7 +148,7 @@ class VisionTransformer(nnx.Module):
                 ends.append(token.at[:, :take].add(rows[:, start : start + take].astype(x.dtype)) if take else token)
                 start += token.shape[1]
             prefix = ends
-        x = constrain(jnp.concatenate([*prefix, x], axis=1), BATCH)
+        x = jnp.concatenate([*prefix, x], axis=1)
         return x if self.pre_norm is None else self.pre_norm(x)
 
     def normalize(self, x: Array) -> Array:
@@ -159,9 +161,11 @@ class VisionTransformer(nnx.Module):
         return Tokens(x[:, 0] if cls else None, x[:, cls:prefix], x[:, prefix:], grid)
 
     def pool(self, tokens: Tokens) -> Array:
-        """(B, D): the vector that the head sees."""
+        """(B, D), or (B, 2 D) for "token_avg": the vector that the head sees."""
         if self.attn_pool is not None:
             pooled = self.attn_pool(tokens.patches)
+        elif self.config.pool == "token_avg":
+            pooled = jnp.concatenate([tokens.cls, tokens.patches.mean(axis=1)], axis=-1)
         else:
             pooled = tokens.cls if self.config.pool == "token" else tokens.patches.mean(axis=1)
         return pooled if self.fc_norm is None else self.fc_norm(pooled)
@@ -174,7 +178,8 @@ class VisionTransformer(nnx.Module):
         """
         if self.head is None:
             raise ValueError("this model has no classification head (num_classes is 0)")
-        return self.head(self.pool(tokens)).astype(jnp.float32)
+        x = self.pool(tokens)
+        return (x @ gathered(self.head.kernel, x.dtype) + self.head.bias[...].astype(x.dtype)).astype(jnp.float32)
 
     def _mask(self, patches: Array, mask_bp: Array) -> Array:
         if self.mask_token is None:
@@ -188,45 +193,57 @@ class VisionTransformer(nnx.Module):
     ) -> tuple[Array, dict[str, Array]]:
         """All blocks, in segments that end where something is captured: nothing else is kept, and no capture costs
         nothing."""
-        c = self.config
-        rates = jnp.full(c.depth, c.drop_path) if c.drop_path_uniform else jnp.linspace(0.0, c.drop_path, c.depth)
-        keys = jax.random.split(key, c.depth) if key is not None and c.drop_path > 0 else None
+        depth, rates, alive = self.config.depth, drop_rates(self.config), None
+        if key is not None and self.config.drop_path > 0:
+            drawn = branches(key, x.shape[0], rates) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
+            alive = jnp.moveaxis(drawn, 0, -1)  # (depth, 2, B)
         found: dict[str, Array] = {}
         start = 0
-        for stop in sorted({w.block + 1 for w in wanted} | {c.depth}):
+        for stop in sorted({w.block + 1 for w in wanted} | {depth}):
             here = [w for w in wanted if w.block + 1 == stop]
             inside = tuple(sorted({w.inner for w in here if w.what != "residual"}, key=str))
             plain = stop - 1 if inside else stop
-            x = self._segment(x, keys, rates, start, plain)
+            x = self._segment(x, alive, rates, start, plain)
             if inside:
-                x, values = self._block(x, keys, rates, stop - 1, inside)
+                x, values = self._block(x, alive, rates, stop - 1, inside)
                 found |= {w.name: w.pick(values) for w in here if w.what != "residual"}
             found |= {w.name: x for w in here if w.what == "residual"}
             start = stop
         return x, found
 
-    def _segment(self, x: Array, keys: Array | None, rates: Array, start: int, stop: int) -> Array:
+    def _segment(self, x: Array, alive: Array | None, rates: Array, start: int, stop: int) -> Array:
         if start >= stop:
             return x
         if self.run.unroll:
-            body = _remat(lambda x, i: self._block(x, keys, rates, i)[0], self.run.remat, in_scan=False)
+            body = _remat(lambda x, i: self._block(x, alive, rates, i)[0], self.run.remat, in_scan=False)
             for i in range(start, stop):
                 x = body(x, i)
             return x
         body = _remat(lambda x, layer: (layer[0](x, layer[1], layer[2])[0], None), self.run.remat, in_scan=True)
         whole = (start, stop) == (0, self.config.depth)
-        layers = (self.blocks, keys, rates)
+        layers = (self.blocks, alive, rates)
         return jax.lax.scan(body, x, layers if whole else jax.tree.map(lambda leaf: leaf[start:stop], layers))[0]
 
-    def _block(self, x: Array, keys: Array | None, rates: Array, i: int, want: tuple = ()) -> tuple[Array, dict]:
+    def _block(self, x: Array, alive: Array | None, rates: Array, i: int, want: tuple = ()) -> tuple[Array, dict]:
         block = jax.tree.map(lambda leaf: leaf[i], self.blocks)
-        return block(x, None if keys is None else keys[i], rates[i], want)
+        return block(x, None if alive is None else alive[i], rates[i], want)
+
+
+def drop_rates(config: ViTConfig) -> np.ndarray:
+    """(depth,): the chance that stochastic depth drops a branch, of every block."""
+    if config.drop_path_uniform:
+        return np.full(config.depth, config.drop_path, np.float32)
+    return np.linspace(0.0, config.drop_path, config.depth, dtype=np.float32)
 
 
 def _remat(body, policy: str, *, in_scan: bool):
     if policy == "none":
         return body
-    saved = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if policy == "dots" else None
+    saved = {
+        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        "named": jax.checkpoint_policies.save_only_these_names(*SAVED),
+        "full": None,
+    }[policy]
     # Inside a scan the loop itself keeps XLA from merging the recomputation away.
     return jax.checkpoint(body, policy=saved, prevent_cse=not in_scan, static_argnums=() if in_scan else (1,))
 

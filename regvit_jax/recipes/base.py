@@ -28,6 +28,8 @@ class Recipe(abc.ABC):
 
     Attributes:
       Config: frozen dataclass of the recipe's own keys, mounted at config.<recipe>.
+      couples_examples: why the loss of a batch is not the mean of the losses of its parts, "" where it is. With a
+        reason, config.accum_steps > 1 is refused.
       vit: architecture of the backbone.
       run: how it is computed.
       preprocessing: of the model that comes out.
@@ -35,6 +37,7 @@ class Recipe(abc.ABC):
 
     Config: ClassVar[type]
     labelled: ClassVar[bool] = False  # whether the head has one output for each class of the data
+    couples_examples: ClassVar[str] = ""
 
     def __init__(self, config: ConfigDict):
         """Reads and checks its part of a config.
@@ -42,6 +45,11 @@ class Recipe(abc.ABC):
         Raises:
           ValueError: naming the key that is not possible.
         """
+        if config.accum_steps > 1 and self.couples_examples:
+            raise ValueError(
+                f"config.accum_steps={config.accum_steps} is not possible with recipe {config.recipe!r}: "
+                f"{self.couples_examples}; set it to 1"
+            )
         self.config = config
         self.vit = vit_config(config)
         self.run = execution(config)
@@ -65,7 +73,11 @@ class Recipe(abc.ABC):
 
     @abc.abstractmethod
     def augment(self, batch: Batch, key: Array, step: Array) -> Batch:
-        """The batch as `loss` wants it: on the accelerator, at global shape."""
+        """The batch as `loss` wants it: on the accelerator, at global shape.
+
+        What is drawn for an example is drawn here and put into the batch, axis 0 over examples (stochastic depth too):
+        then it stays with the example in whatever micro-batch that lands.
+        """
 
     @abc.abstractmethod
     def loss(self, params: Tree, extras: Tree, batch: Batch, key: Array, step: Array) -> tuple[Array, dict[str, Any]]:
@@ -94,11 +106,12 @@ class Recipe(abc.ABC):
     def grads(
         self, params: Tree, extras: Tree, batch: Batch, key: Array, step: Array
     ) -> tuple[Array, dict[str, Any], Tree]:
-        """(loss, aux, gradients): the mean over config.accum_steps micro-batches, right for losses that are means over
-        examples.
+        """(loss, aux, gradients): the mean over config.accum_steps micro-batches, which for a loss that is a mean over
+        examples is that of the whole batch.
 
         Micro-batch i takes rows i, i + A, i + 2A, …, so that each of them is spread over all devices like the whole
-        batch. A recipe whose loss couples examples overrides this, or refuses accumulation.
+        batch. It has a key of its own: only what `loss` itself draws differs from the whole batch. A recipe whose loss
+        couples examples says so (`couples_examples`), and accumulation is refused, or overrides this.
         """
         value_and_grad = jax.value_and_grad(self.loss, has_aux=True)
         count = self.config.accum_steps

@@ -10,7 +10,9 @@ from ml_collections import ConfigDict
 from regvit_jax.config import key as field
 from regvit_jax.data import augment
 from regvit_jax.losses.classification import bce, one_hot, softmax_xent
+from regvit_jax.models.layers import branches
 from regvit_jax.models.model import Model, init_params
+from regvit_jax.models.vit import drop_rates
 from regvit_jax.optim import ema_update
 from regvit_jax.recipes.base import Batch, Recipe, graft
 from regvit_jax.trees import Array, Tree
@@ -87,14 +89,16 @@ class Supervised(Recipe):
         return params, {"ema": params} if self.options.ema else {}
 
     def augment(self, batch: Batch, key: Array, step: Array) -> Batch:
-        s, (crop_key, flip_key, mix_key) = self.options, jax.random.split(key, 3)
+        s, (crop_key, flip_key, mix_key, depth_key) = self.options, jax.random.split(key, 4)
+        # With the examples, so that micro-batches drop what the whole batch would.
+        alive = {"alive": branches(depth_key, len(batch["image"]), drop_rates(self.vit))} if self.vit.drop_path else {}
         images = augment.normalize(batch["image"], self.preprocessing.mean, self.preprocessing.std)
         if s.crop_pad:
             images = augment.random_crop(crop_key, images, s.crop_pad)
         if s.flip:
             images = augment.flip(flip_key, images)
         if not self.mixes:
-            return {"image": images, "target": one_hot(batch["label"], self.vit.num_classes, s.smoothing)}
+            return {"image": images, "target": one_hot(batch["label"], self.vit.num_classes, s.smoothing)} | alive
         images, targets = augment.mixup_cutmix(
             mix_key,
             images,
@@ -107,10 +111,11 @@ class Supervised(Recipe):
             smoothing=s.smoothing,
             groups=self.config.groups,
         )
-        return {"image": images, "target": targets}
+        return {"image": images, "target": targets} | alive
 
     def loss(self, params: Tree, extras: Tree, batch: Batch, key: Array, step: Array) -> tuple[Array, dict]:
-        logits = self._model(params).logits(batch["image"], key=key)
+        alive = batch["alive"] if self.vit.drop_path else None
+        logits = self._model(params).logits(batch["image"], key=alive)
         loss_b = (
             softmax_xent(logits, batch["target"])
             if self.options.loss == "softmax"

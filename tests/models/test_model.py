@@ -259,7 +259,7 @@ class TestConfig:
             ({"position": "rope"}, "position='rope' is not one of 'patches', 'cls', 'all', 'none'"),
             ({"resampler": "bilinear"}, "resampler='bilinear' is not one of"),
             ({"activation": "relu"}, "activation='relu' is not one of"),
-            ({"pool": "cls"}, "pool='cls' is not one of 'token', 'avg', 'map'"),
+            ({"pool": "cls"}, "pool='cls' is not one of 'token', 'avg', 'token_avg', 'map'"),
             ({"position_init": "zeros"}, "position_init='zeros' is not one of"),
             ({"class_token": False}, "without a class token"),
             ({"class_token": False, "pool": "avg"}, "position 'patches', 'all' or 'none'"),
@@ -277,7 +277,7 @@ class TestConfig:
     @pytest.mark.parametrize(
         ("changes", "text"),
         [
-            ({"remat": "some"}, "remat='some' is not one of 'none', 'dots', 'full'"),
+            ({"remat": "some"}, "remat='some' is not one of 'none', 'dots', 'named', 'full'"),
             ({"attention": "flash"}, "attention='flash' is not one of"),
         ],
     )

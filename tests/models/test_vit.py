@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 from scipy.special import erf, expit
 
 from regvit_jax.models.config import Execution
-from regvit_jax.models.layers import drop_path
+from regvit_jax.models.layers import branches, drop_path
 from regvit_jax.trees import named
 
 FAST = {"xla_backend_optimization_level": 0}  # compiling is most of the time here
@@ -296,23 +297,34 @@ class TestStochasticDepth:
         correlation = np.corrcoef(masks) - np.eye(len(masks))
         assert np.abs(correlation).max() < 5 / np.sqrt(self.SAMPLES)
 
+    @staticmethod
+    def alive(seed, count, rate):
+        """(count,) of the branches of one block."""
+        return branches(jax.random.key(seed), count, np.array([rate]))[:, 0, 0]
+
     def test_expectation_is_kept(self):
-        y = drop_path(jnp.full((4096, 2, 3), 2.0), jax.random.key(3), 0.25)
+        y = drop_path(jnp.full((4096, 2, 3), 2.0), self.alive(3, 4096, 0.25), 0.25)
         assert set(np.unique(y)) == {0, np.float32(2 / 0.75)}
         assert (y == y[:, :1, :1]).all(), "a sample is dropped as a whole"
         assert abs(y.mean() - 2) < 5 * 2 * np.sqrt(0.25 / 0.75 / 4096)
 
     def test_a_dropped_branch_sends_no_gradient(self):
-        x, key = jnp.ones((64, 2)), jax.random.key(0)
-        y, grad = drop_path(x, key, 0.5), jax.grad(lambda x: drop_path(x, key, 0.5).sum())(x)
+        x, alive = jnp.ones((64, 2)), self.alive(0, 64, 0.5)
+        y, grad = drop_path(x, alive, 0.5), jax.grad(lambda x: drop_path(x, alive, 0.5).sum())(x)
         np.testing.assert_array_equal(grad, y)
         assert 0 < (grad == 0).mean() < 1
 
     def test_rate_zero_and_no_key_are_the_identity(self):
         x = jax.random.normal(jax.random.key(1), (8, 2, 2))
-        np.testing.assert_array_equal(drop_path(x, jax.random.key(0), 0.0), x)
+        np.testing.assert_array_equal(drop_path(x, self.alive(0, 8, 0.0), 0.0), x)
         assert drop_path(x, None, 0.9) is x
-        assert drop_path(x.astype(jnp.bfloat16), jax.random.key(0), 0.3).dtype == jnp.bfloat16
+        assert drop_path(x.astype(jnp.bfloat16), self.alive(0, 8, 0.3), 0.3).dtype == jnp.bfloat16
+
+    def test_branches_may_be_drawn_beforehand(self, tiny, images):
+        model, key = tiny(drop_path=0.8), jax.random.key(5)
+        drawn = branches(key, 2, np.linspace(0, 0.8, 3))
+        assert drawn.shape == (2, 3, 2) and drawn[:, 0].all() and not drawn.all()
+        jax.tree.map(np.testing.assert_array_equal, run(model, images, key)[0], run(model, images, drawn)[0])
 
     def test_nothing_is_drawn_without_key_or_without_rate(self, tiny, images):
         for model, key in ((tiny(drop_path=0.5), None), (tiny(), jax.random.key(0))):
@@ -321,9 +333,10 @@ class TestStochasticDepth:
 
 
 RUNS = {
-    "scan, dots": Execution(remat="dots"),
-    "scan, full": Execution(remat="full"),
-    "unroll, full": Execution(unroll=True, remat="full"),
+    f"{loop}, {remat}": Execution(unroll=loop == "unroll", remat=remat)
+    for loop in ("scan", "unroll")
+    for remat in ("none", "dots", "named", "full")
+    if (loop, remat) != ("scan", "none")
 }
 
 
@@ -356,11 +369,31 @@ class TestExecution:
     def test_with_captures(self, tiny, images):
         self.compare(tiny(depth=2), Execution(unroll=True), images, None, ("block0", "block1/attn[cls]"))
 
-    def test_all_of_them_recompute_what_they_say(self, tiny, images):
-        def recomputed(run):
-            text = str(jax.make_jaxpr(jax.grad(lambda m: m(images).patches.sum()))(tiny(run)))
+    def test_all_of_them_repeat_the_products_that_they_say(self, tiny, images):
+        def products(run):
+            text = str(jax.make_jaxpr(jax.grad(lambda m: m(images).patches.sum()))(tiny(run, layerscale=0.5)))
             return text.count("dot_general"), text.count("erf")
 
-        none, dots, full = (recomputed(Execution(remat=remat)) for remat in ("none", "dots", "full"))
-        assert none[0] <= dots[0] < full[0], "'dots' keeps the projections, 'full' makes them again"
-        assert none[1] < dots[1], "'dots' makes activations again"
+        none, dots, named, full = (products(Execution(remat=remat)) for remat in ("none", "dots", "named", "full"))
+        assert named[0] == none[0] + 1, "the attention's logits"
+        assert dots[0] == none[0] + 2, "its weighted sum, too"
+        assert full[0] == none[0] + 2 + 5, "q, k, v, proj and fc1: of fc2 nothing needs the output"
+        assert none[1] < min(dots[1], named[1], full[1]), "all of them make activations again"
+
+    @pytest.mark.parametrize("swiglu", [False, True])
+    def test_all_of_them_keep_the_bytes_that_they_say(self, tiny, images, swiglu):
+        """What a backward pass takes over from the forward pass, per block and token, beside the D numbers of the
+        block's input: what is named below."""
+        model = tiny(depth=2, layerscale=0.5, activation="swiglu" if swiglu else "gelu")
+        d, hidden = model.config.width, model.config.mlp_dim * (2 if swiglu else 1)
+
+        def kept(remat):
+            chosen = dataclasses.replace(model, run=Execution(remat=remat))
+            backward = jax.eval_shape(lambda m: jax.vjp(lambda m: m.module()(images).patches, m)[1], chosen)
+            return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(backward) if 1 + 2 + 6 in leaf.shape)
+
+        none, dots, named, full = map(kept, ("none", "dots", "named", "full"))
+        tokens = 2 * (1 + 2 + 6) * model.config.depth
+        assert named - full == tokens * (5 * d + hidden), "q, k, v, the attention's output, the residual, fc1"
+        assert dots - full == tokens * (4 * d + hidden), "q, k, v, proj, fc1"
+        assert none > max(dots, named) and full >= tokens * d

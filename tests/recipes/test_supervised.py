@@ -96,17 +96,21 @@ def test_bce_counts_both_classes_of_a_mixed_image():
 
 
 def test_stochastic_depth_is_on_in_training_and_off_in_the_model_that_is_saved():
-    r = recipe(model__drop_path=0.9, model__drop_path_uniform=True, ema=0.5)
+    r = recipe(model__drop_path=0.9, model__drop_path_uniform=True, ema=0.5, flip=False)
     rng = np.random.default_rng(0)
     params = map_named(lambda _, x: jnp.asarray(rng.normal(0, 0.3, x.shape), jnp.float32), abstract_params(r.vit))
-    images = {
-        "image": rng.normal(size=(8, 16, 16, 3)).astype(np.float32),
-        "target": np.eye(4, dtype=np.float32)[np.arange(8) % 4],
-    }
-    loss = jax.jit(lambda key: r.loss(params, {}, images, key, 0)[0])
+    loss = jax.jit(lambda key: r.loss(params, {}, r.augment(batch(), key, 0), KEY, 0)[0])
     assert len({float(loss(jax.random.key(seed))) for seed in range(4)}) > 1
-    certain = recipe().eval_model(params, {}).logits(images["image"])
-    np.testing.assert_array_equal(r.eval_model({}, {"ema": params}).logits(images["image"]), certain)
+    images = r.augment(batch(), KEY, 0)["image"]
+    certain = recipe().eval_model(params, {}).logits(images)
+    np.testing.assert_array_equal(r.eval_model({}, {"ema": params}).logits(images), certain)
+
+
+def test_the_branches_that_live_belong_to_the_examples():
+    alive = recipe(model__drop_path=0.5).augment(batch(), KEY, 0)["alive"]
+    assert alive.shape == (8, 2, 2) and alive.dtype == bool
+    assert alive[:, 0].all() and not alive[:, 1].all(), "no branch of the first block is dropped"
+    assert "alive" not in recipe().augment(batch(), KEY, 0)
 
 
 def test_the_average_of_weights_follows_the_weights():
