@@ -132,7 +132,7 @@ def test_weights_of_half_precision_are_float32_and_sum_to_one(qkv):
 
 class TestErrors:
     def test_an_unknown_implementation_lists_the_known(self, qkv):
-        with pytest.raises(ValueError, match=r"'flash'.*auto, xla, reference"):
+        with pytest.raises(ValueError, match=r"'flash'.*auto, cudnn, xla, reference"):
             attention(*qkv, implementation="flash")
 
     def test_shapes_are_named(self, qkv):
