@@ -9,21 +9,23 @@ import json
 import logging
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from regvit_jax import config as configs
 from regvit_jax import evaluate, flops, hub, metrics
 from regvit_jax.checkpoint import Checkpoints
-from regvit_jax.data.feed import feed
+from regvit_jax.data.feed import Feed, feed
 from regvit_jax.data.sources import Source
 from regvit_jax.data.transforms import TrainTransform
 from regvit_jax.optim import Optimizer
 from regvit_jax.recipes.base import Recipe
-from regvit_jax.stopping import Stop
+from regvit_jax.stopping import Stop, Stopped
 from regvit_jax.trees import Array, Tree, map_named
 from regvit_jax.workdir import WorkdirError
 
@@ -88,15 +90,23 @@ class Loop:
         self.last_saved: int | None = None
         self.last: dict[str, float] = {}
         self.scores: dict[str, float] = {}
+        self.scored_at: int | None = None
+        self.clock: metrics.Clock | None = None
         self._tracing = False
 
     def run(self, stop: Stop) -> Result:
         """Trains to the end, or to the step at which `stop` asks for one."""
         total = self.config.total_steps
         train_state, start, hours = self._start()
-        batches = self._batches(start)
+        done, stopping = start, False
+        # What a stop cut short, or a config added since, is measured now; so is the untrained network.
+        unfinished = not self._evaluate(self._not_yet_evaluated(start), start, train_state, stop)
+        if unfinished or start == total:
+            if not unfinished:
+                self._summarise()
+            return Result(done, self.last, self.scores, stopped=unfinished)
+        batches = self.batches = self._batches(start)
         self.clock = self._clock(start, hours)
-        done = start
         try:
             for done in range(start + 1, total + 1):
                 with self.clock.waiting():
@@ -109,7 +119,13 @@ class Loop:
                 if self._pauses(done, stopping):
                     # Evaluated and saved is only what was checked, and before its time counts as a pause.
                     self._observe(self.delayed.flush())
-                    self._evaluate(self._due(done), done, train_state)
+                    # Whoever stops a run waits seconds: it is saved, and the next start evaluates.
+                    unfinished = (
+                        bool(self._due(done))
+                        if stopping
+                        else not self._evaluate(self._due(done), done, train_state, stop)
+                    )
+                    stopping = stopping or unfinished
                     self._save(done, train_state, last=stopping or done == total)
                 if stopping:
                     logging.info(
@@ -119,18 +135,22 @@ class Loop:
         finally:
             batches.close()
             self._end_profile()
-        if done == total:
+        stopped = done < total or unfinished
+        if not stopped:
             self._summarise()
-        return Result(done, self.last, self.scores, stopped=done < total)
+        return Result(done, self.last, self.scores, stopped=stopped)
 
     def _start(self) -> tuple[Tree, int, float]:
         """The state to go on from, its step, and the device hours spent on it."""
         if self.saved is None or self.saved.latest() is None:
             train_state = self.step.init()
             self.writer.truncate_after(-1)
-            self._evaluate(self._due(0), 0, train_state)
             return train_state, 0, 0.0
         train_state, data, meta = self.saved.restore(self.step.abstract)
+        changed, _ = configs.differences(meta["config"], self.config)
+        if changed:  # config.json was lost, or belongs to another run
+            lines = "; ".join(f"{name}: {was!r} there, {now!r} now" for name, (was, now) in changed.items())
+            raise WorkdirError(f"{self.workdir} holds checkpoints of another config ({lines}): use another --workdir")
         if data["fingerprint"] != self.source.fingerprint:
             raise WorkdirError(
                 f"{self.workdir} was trained on {data['source']} as it was then; its files have changed "
@@ -142,7 +162,7 @@ class Loop:
         self.writer.truncate_after(data["step"])
         return train_state, data["step"], meta["device_hours"]
 
-    def _batches(self, start: int) -> Iterator[dict[str, Array]]:
+    def _batches(self, start: int) -> Feed:
         c, spec = self.config, self.step.recipe.input_spec
         d, fields = c.data, tuple(spec)
         size = spec["image"].shape[1]
@@ -157,6 +177,7 @@ class Loop:
             stop_step=c.total_steps,
             workers=d.workers,
             cache=d.cache,
+            max_bad=d.max_bad,
         )
 
     def _clock(self, start: int, hours: float) -> metrics.Clock:
@@ -177,6 +198,8 @@ class Loop:
 
     def _observe(self, measured: tuple[int, dict[str, float]] | None) -> None:
         """Checks, and logs when it is time, the metrics of a step that the device has finished."""
+        if self.saved is not None:
+            self.saved.check()
         if measured is None:
             return
         step, values = measured
@@ -189,7 +212,9 @@ class Loop:
         total = self.config.total_steps
         first = len(self.delayed.recent) == 1
         if first or step == total or step % self.config.log_every == 0:
-            self.last = values | self.clock.tick(step)
+            replaced = self.batches.replaced()
+            # Only where there are any: a column of zeros in every run says nothing.
+            self.last = values | self.clock.tick(step) | ({"replaced": replaced} if replaced else {})
             self.writer.write(step, self.last)
             logging.info(metrics.progress_line(step, total, self.last))
 
@@ -204,15 +229,35 @@ class Loop:
         when = {"total_steps": c.total_steps, "eval_every": c.eval_every}
         return {name: scheduled for name, scheduled in self.evals.items() if scheduled.due(step, **when)}
 
-    def _evaluate(self, due: Mapping[str, evaluate.Scheduled], step: int, train_state: Tree) -> None:
+    def _not_yet_evaluated(self, step: int) -> dict[str, evaluate.Scheduled]:
+        """Of what is due at the step where this process starts: what metrics.jsonl does not have."""
+        due = self._due(step)
+        known = self.writer.names_at(step)
+        missing = np.array([not any(metric.startswith(f"{name}/") for metric in known) for name in due], bool)
+        if due and jax.process_count() > 1:  # the first process alone has the file
+            missing = multihost_utils.broadcast_one_to_all(missing)
+        return {
+            name: scheduled for (name, scheduled), is_missing in zip(due.items(), missing, strict=True) if is_missing
+        }
+
+    def _evaluate(self, due: Mapping[str, evaluate.Scheduled], step: int, train_state: Tree, stop: Stop) -> bool:
+        """False if a stop cut it short: nothing is recorded then, and the next start does it all."""
         if not due:
-            return
+            return True
         if step == 0:
             logging.info("evaluating the untrained network")
-        with self.clock.paused() if step else contextlib.nullcontext():
-            model = self.step.recipe.eval_model(train_state["params"], train_state["extras"])
-            self.scores = evaluate.run(due, model, mesh=self.step.mesh, workdir=self.workdir, step=step)
-        self.writer.write(step, self.scores)
+        try:
+            with self.clock.paused() if self.clock else contextlib.nullcontext(), stop.breaking():
+                model = self.step.recipe.eval_model(train_state["params"], train_state["extras"])
+                scores = evaluate.run(due, model, mesh=self.step.mesh, workdir=self.workdir, step=step)
+        except Stopped:
+            logging.warning("the evaluation at step %d is left to the next start", step)
+            return False
+        self.scores, self.scored_at = scores, step
+        self.writer.write(step, scores)
+        if step and step == self.last_saved and self.config.save_every:
+            self.saved.note(step, scores)
+        return True
 
     def _save(self, step: int, train_state: Tree, last: bool) -> None:
         c = self.config
@@ -225,7 +270,7 @@ class Loop:
             "device_hours": self.last["device_hours"],
             "time": time.strftime("%Y-%m-%d %H:%M:%S"),
         }
-        scores = self.scores if self._due(step) else {}
+        scores = self.scores if self.scored_at == step else {}
         with self.clock.paused():
             self.saved.save(step, train_state, data=data, meta=meta, metrics=scores, wait=last)
         self.last_saved = step

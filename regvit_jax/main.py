@@ -16,6 +16,7 @@ process --coordinator=HOST:PORT --num_processes=N --process_id=I.
 
 # Data workers are spawned and import this module again: nothing heavy up here.
 import logging
+import os
 import re
 import sys
 import traceback
@@ -32,10 +33,14 @@ _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "With --coordinator
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "With --coordinator: which one this is.")
 
 STOPPED = 143  # what a shell reports for a process that SIGTERM ended
+INTERRUPTED = 130  # and for one that Ctrl-C did
 
 
 def main(argv: list[str]) -> int:
-    """The command. Returns the exit code: 0 done, 143 stopped by a signal and saved, 1 failed, 2 refused."""
+    """The command. Returns the exit code: 0 done, 143 stopped by a signal and saved, 1 failed, 2 refused.
+
+    130, interrupted by a second Ctrl-C, ends the process at once.
+    """
     if len(argv) > 1:
         return _refuse(f"unexpected arguments {argv[1:]}: options are written --name=value")
     if _CONFIG.value is None or (_WORKDIR.value is None and not _KEYS.value):
@@ -43,38 +48,69 @@ def main(argv: list[str]) -> int:
     import jax
 
     from regvit_jax import config as configs
-    from regvit_jax import train
+    from regvit_jax import train, xla_flags
+    from regvit_jax.checkpoint import CheckpointNotSaved
+    from regvit_jax.data.workers import WorkersDied
     from regvit_jax.metrics import NonFiniteError
+    from regvit_jax.workdir import FULL
 
     set_up_logging()
     if _KEYS.value:
         print(configs.explain(_CONFIG.value))
         return 0
-    if _DISTRIBUTED.value or _COORDINATOR.value:
+    several = bool(_DISTRIBUTED.value or _COORDINATOR.value)
+    try:
+        xla_flags.append(_CONFIG.value.xla_flags, distributed=several)  # before JAX looks for its devices
+    except ValueError as error:
+        return _refuse(str(error))
+    if several:
         jax.distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     if jax.process_index():
         logging.getLogger().setLevel(logging.WARNING)
     try:
         result = train.run(_CONFIG.value, _WORKDIR.value)
-    except NonFiniteError as error:
+    except (NonFiniteError, WorkersDied) as error:
         logging.error("%s", error)
         return 1
+    except CheckpointNotSaved as error:
+        logging.error("%s", error)
+        return _leave(1)
     except (ValueError, FileNotFoundError) as error:
         # Refusals speak for themselves; a traceback would bury them. --verbosity=1 shows it.
         logging.debug("refused", exc_info=True)
         return _refuse(str(error))
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        logging.error(
+            "%s: %s. Make room there; the same command then goes on from the newest checkpoint",
+            error.filename or _WORKDIR.value,
+            error.strerror,
+        )
+        return _leave(1)
+    except KeyboardInterrupt:
+        logging.error("interrupted; the same command goes on from the newest checkpoint")
+        return _leave(INTERRUPTED)
     return STOPPED if result.stopped else 0
 
 
 def set_up_logging() -> None:
     """One short line a message, on stderr; the libraries below speak from warnings on."""
     handler = logging.StreamHandler(sys.stderr)
+    # What Orbax fails with, it raises as well, and for each array that follows the first one past every `except`.
+    handler.addFilter(lambda it: not (it.exc_info and (it.name == "asyncio" or "orbax" in it.pathname)))
+    sys.unraisablehook = _unraisable
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     logging.getLogger().handlers[:] = [handler]
     detailed = flags.FLAGS.is_parsed() and flags.FLAGS.verbosity > 0
     logging.getLogger().setLevel(logging.DEBUG if detailed else logging.INFO)
     for name in ("absl", "jax", "orbax", "grain", "tensorflow_datasets", "PIL", "matplotlib"):
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def _unraisable(event) -> None:
+    if "Event loop is closed" not in str(event.exc_value):
+        sys.__unraisablehook__(event)
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -116,6 +152,16 @@ def _told(error: Exception, argv: list[str]) -> str:
 def _refuse(message: str) -> int:
     print(f"error: {message}", file=sys.stderr)
     return 2
+
+
+def _leave(code: int) -> int:
+    """Ends the process here and now.
+
+    Python's own end waits for the threads of a save that nobody wants any more, or that failed and would say so again.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":

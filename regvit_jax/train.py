@@ -16,7 +16,7 @@ from regvit_jax import config as configs
 from regvit_jax.data.sources import Source, open_source
 from regvit_jax.loop import Loop, Result, Step
 from regvit_jax.optim import Optimizer
-from regvit_jax.stopping import Stop
+from regvit_jax.stopping import Stop, differing, together
 from regvit_jax.trees import Array, Tree, named
 from regvit_jax.workdir import Workdir
 
@@ -31,9 +31,9 @@ def build_step(config: ConfigDict, mesh: Mesh, loaded: dict[str, Any] | None = N
     """
     loaded = loaded or {}
     recipe = configs.recipe_class(config)(config)
-    if recipe.vit.num_heads % mesh.shape["tensor"]:
-        tensor, heads = mesh.shape["tensor"], recipe.vit.num_heads
-        raise ValueError(f"config.mesh.tensor={tensor} must divide the {heads} heads of the model")
+    tensor, heads, hidden = mesh.shape["tensor"], recipe.vit.num_heads, recipe.vit.mlp_dim
+    if heads % tensor or hidden % tensor:
+        raise ValueError(f"config.mesh.tensor={tensor} must divide the {heads} heads and {hidden} hidden units")
     key = stream(config.seed, "init")
     shapes, _ = jax.eval_shape(recipe.init, key, loaded)
     groups = {path: recipe.param_groups(path) for path in named(shapes)}
@@ -47,6 +47,9 @@ def build_step(config: ConfigDict, mesh: Mesh, loaded: dict[str, Any] | None = N
         loss, aux, grads = recipe.grads(
             params, extras, batch, jax.random.fold_in(stream(config.seed, "loss"), step), step
         )
+        # In the shards of their parameters before anything else is done with them: every device then reduces, clips and
+        # accumulates its own part.
+        grads = jax.lax.with_sharding_constraint(grads, shardings["params"])
         params, opt, measured = optimizer.update(grads, train_state["opt"], params, step)
         extras = recipe.after_update(params, extras, aux, step)
         scalars = {"loss": loss} | aux["metrics"] | measured
@@ -73,28 +76,35 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> Result:
     Raises:
       ValueError: for a config that is not possible, or a workdir of another one, before anything is compiled.
       NonFiniteError: when a metric is NaN or infinite.
+      OSError: when the disk is full; CheckpointNotSaved, which is one, says where the run can go on.
+      WorkersDied: when data workers die again and again.
     """
     first = jax.process_index() == 0
-    configs.validate(config, devices=jax.device_count())
-    config, source, data = prepare(config)
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    evals = evaluate.build(config.evals, data_train=data[0], data_eval=data[1]) if config.eval_every else {}
-    loaded = {"init_from": hub.load_model(config.init_from)} if config.init_from else {}
-    with Workdir(workdir, active=first) as folder, jax.set_mesh(mesh):
-        # Everything that can be refused is refused here: after this the workdir belongs to the run.
-        step = build_step(config, mesh, loaded)
-        folder.bind(config)
+    with contextlib.ExitStack() as stack:
+        # Everything that can be refused is refused here, by all processes: after this the workdir belongs to the run.
+        with together():
+            configs.validate(config, devices=jax.device_count())
+            config, source, data = prepare(config)
+            mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+            evals = evaluate.build(config.evals, data_train=data[0], data_eval=data[1]) if config.eval_every else {}
+            folder = stack.enter_context(Workdir(workdir, active=first))
+        if others := differing(configs.to_json(config)):
+            raise ValueError(f"processes {others} were started with another config than process 0: give all the same")
+        loaded = {"init_from": hub.load_model(config.init_from)} if config.init_from else {}
+        stack.enter_context(jax.set_mesh(mesh))
+        with together():
+            step = build_step(config, mesh, loaded)
+            folder.bind(config)
         folder.record_environment(jax.devices())
         use_compilation_cache(config.compile_cache)
-        with contextlib.ExitStack() as stack:
-            writer = stack.enter_context(metrics.Writer(folder.path, active=first))
-            saved = None
-            # With save_every=0 nothing is written, but a run that saved before goes on from there.
-            if config.save_every or (folder.path / "checkpoints").is_dir():
-                saving = {"keep": config.keep, "keep_best": config.keep_best, "create": bool(config.save_every)}
-                saved = stack.enter_context(checkpoint.Checkpoints(folder.path, **saving))
-            loop = Loop(config, step, source, data[0], evals, folder.path, writer, saved)
-            return loop.run(stack.enter_context(Stop()))
+        writer = stack.enter_context(metrics.Writer(folder.path, active=first))
+        saved = None
+        # With save_every=0 nothing is written, but a run that saved before goes on from there.
+        if config.save_every or (folder.path / "checkpoints").is_dir():
+            saving = {"keep": config.keep, "keep_best": config.keep_best, "create": bool(config.save_every)}
+            saved = stack.enter_context(checkpoint.Checkpoints(folder.path, **saving))
+        loop = Loop(config, step, source, data[0], evals, folder.path, writer, saved)
+        return loop.run(stack.enter_context(Stop()))
 
 
 def prepare(config: ConfigDict) -> tuple[ConfigDict, Source, tuple[str, str]]:

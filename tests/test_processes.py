@@ -1,99 +1,33 @@
-"""Runs in processes of their own, through the command: signals, kills, two processes, data workers.
+"""Runs in processes of their own, through the command: signals, two processes, data workers, mistakes.
 
 The runs of this file are one and the same in every number; what differs is what happens to them.
 """
 
 import importlib.util
-import os
-import re
-import signal
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from regvit_jax.checkpoint import Checkpoints
-from regvit_jax.trees import named
-
 pytestmark = pytest.mark.process
-
-TINY = Path(__file__).with_name("tiny.py")
-STEPS = 12
 
 
 def read(path):
-    """A config file is read by its path, as the command does."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-tiny = read(TINY)
+running = read(Path(__file__).with_name("running.py"))
+tiny, ended, first_step, complete = running.tiny, running.ended, running.first_step, running.complete
+state, assert_bitwise, STEPS = running.state, running.assert_bitwise, running.STEPS
 
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """start(workdir, what_happens, *flags, devices=1, cwd=None): the running command."""
-    folder = tmp_path_factory.mktemp("processes")
-    source = tiny.write_npz(folder / "data.npz")
-    running = []
-
-    def start(workdir, happens="", *flags, devices=1, cwd=None):
-        config = f"{TINY}:{happens}" if happens else TINY
-        environment = os.environ | {
-            "PYTHONPATH": str(TINY.parent.parent),
-            "REGVIT_CACHE": str(folder / "cache"),
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-            # Compiling well takes seconds, running less well takes milliseconds.
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        }
-        command = [sys.executable, "-m", "regvit_jax.main", f"--config={config}", f"--workdir={workdir}"]
-        command += [f"--config.data.train={source}", f"--config.total_steps={STEPS}", *flags]
-        pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        running.append(subprocess.Popen(command, env=environment, cwd=cwd or folder, start_new_session=True, **pipe))
-        return running[-1]
-
-    yield start
-    for process in running:
-        if process.poll() is None:
-            process.kill()
-
-
-def ended(process, code=0):
-    """What a process printed, once it ended with this exit code."""
-    try:
-        printed, _ = process.communicate(timeout=240)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        raise AssertionError(f"still running after 240 s:\n{process.communicate()[0]}") from None
-    assert process.returncode == code, printed
-    return printed
-
-
-def first_step(printed):
-    """The step of the first progress line."""
-    return int(re.search(rf"^[\d:]+ +(\d+)/{STEPS} ", printed, re.MULTILINE)[1])
-
-
-def complete(workdir):
-    """Steps of the checkpoints that are whole, by their folders alone."""
-    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
-
-
-def state(workdir):
-    with Checkpoints(workdir, create=False) as checkpoints:
-        return named({item: checkpoints.restore_item(item) for item in ("params", "opt")})
-
-
-def assert_bitwise(got, want):
-    assert got.keys() == want.keys()
-    for path in got:
-        assert got[path].tobytes() == want[path].tobytes(), path
+    with running.runs(tmp_path_factory.mktemp("processes")) as start:
+        yield start
 
 
 @pytest.fixture(scope="module")
@@ -120,19 +54,6 @@ def test_a_signal_saves_and_the_next_process_goes_on_from_there(start, straight,
     assert_bitwise(state(tmp_path), state(straight))
 
 
-def test_kills_lose_no_more_than_the_steps_since_the_last_checkpoint(start, straight, tmp_path):
-    """One between two saves, one while a checkpoint is being written."""
-    ended(start(tmp_path, "5-settled-SIGKILL"), -signal.SIGKILL)
-    assert complete(tmp_path) == [3] and list(tiny.losses(tmp_path))[-1] >= 4
-    printed = ended(start(tmp_path, "9-saving-SIGKILL"), -signal.SIGKILL)
-    assert first_step(printed) == 4
-    last = complete(tmp_path)[-1]
-    assert last in (6, 9)  # 9 only if the disk was faster than the signal.
-    assert first_step(ended(start(tmp_path))) == last + 1
-    assert tiny.losses(tmp_path) == tiny.losses(straight)
-    assert_bitwise(state(tmp_path), state(straight))
-
-
 def test_no_worker_outlives_a_run_that_was_killed(start, tmp_path):
     """Workers hold the pipe that the run prints to: it ends when the last of them has ended."""
     run = start(tmp_path, "2-SIGKILL", "--config.data.workers=2")
@@ -140,24 +61,23 @@ def test_no_worker_outlives_a_run_that_was_killed(start, tmp_path):
     run.communicate(timeout=20)
 
 
-def test_two_processes_train_like_one_stop_together_and_leave_a_checkpoint_for_one(start, straight, tmp_path):
-    """A signal to one of them stops both after the same step."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    together = [f"--coordinator=localhost:{port}", "--num_processes=2"]
-    first = start(tmp_path, "3-slowly-SIGTERM", *together, "--process_id=0")
-    second = start(tmp_path, "0-slowly", *together, "--process_id=1")
-    printed = ended(first, 143)
-    ended(second, 143)
-    stopped = int(re.search(r"stopped at step (\d+)\n", printed)[1])
-    assert 3 <= stopped < STEPS and complete(tmp_path)[-1] == stopped
-    expected, together = tiny.losses(straight), tiny.losses(tmp_path)
-    assert list(together) == list(range(1, stopped + 1))
-    np.testing.assert_allclose([together[k] for k in together], [expected[k] for k in together], rtol=1e-5)
-    assert first_step(ended(start(tmp_path))) == stopped + 1
-    alone = tiny.losses(tmp_path)
-    np.testing.assert_allclose([alone[k] for k in expected], [expected[k] for k in expected], rtol=1e-5)
+def test_one_process_two_processes_one_process(start, straight, tmp_path):
+    """Each goes on where the one before stopped, but for a checkpoint that the disk damaged: the two agree on the one
+    before. A signal to one of them, in the middle of an evaluation, stops both at the same place."""
+    ended(start(tmp_path, "4-SIGTERM"), 143)
+    running.flip(tmp_path / "checkpoints" / "4" / "params")
+    evaluating = ["--config.eval_every=8", "--config.evals.accuracy.batch_size=1"]
+    first, second = running.two(start, tmp_path, "8-evaluating-slowly-SIGTERM", *evaluating)
+    printed, also = ended(first, 143), ended(second, 143)
+    assert first_step(printed) == 4
+    for text in (printed, also):
+        assert "the bits of params are not those that were saved" in text and "going back to step 3" in text
+        assert "the evaluation at step 8 is left to the next start" in text and "Traceback" not in text
+    assert "stopped at step 8\n" in printed and complete(tmp_path)[-1] == 8
+    assert list(tiny.losses(tmp_path)) == list(range(1, 9))
+    assert first_step(ended(start(tmp_path))) == 9
+    expected, got = tiny.losses(straight), tiny.losses(tmp_path)
+    np.testing.assert_allclose([got[k] for k in expected], [expected[k] for k in expected], rtol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,17 @@ N-SIGxxx            it gets the signal after step N
 N-group-SIGxxx      its data workers get it too, as from a terminal
 N-settled-SIGxxx    after step N and when every checkpoint that was begun is whole
 N-saving-SIGxxx     at step N, while the checkpoint that was begun there is being written
-N-slowly-SIGxxx     steps take half a second
+N-slowly-SIGxxx     steps take half a second, and so does a batch of an evaluation
+0-slightly          steps take 20 ms
+N-evaluating-SIGxxx between two batches of the evaluation at step N
+N-worker-SIGxxx     one of its data workers gets it, not the run
+
+Two signals may stand there: N-SIGINT-SIGINT.
 """
 
 import io
 import json
+import multiprocessing
 import os
 import signal
 import time
@@ -19,7 +25,7 @@ import time
 import numpy as np
 from PIL import Image
 
-from regvit_jax.config import defaults
+from regvit_jax.config import defaults, evaluator
 
 CLASSES = 4
 
@@ -34,6 +40,8 @@ def get_config(happens=""):
     c.batch_size, c.total_steps, c.dtype = 8, 12, "float32"
     c.optim.lr, c.optim.warmup_steps = 1e-3, 2
     c.log_every, c.save_every, c.eval_every = 1, 3, 0
+    # With --config.eval_every=4, say: two batches of four.
+    c.evals.accuracy = evaluator("accuracy", batch_size=4, at_start=True)
     return c
 
 
@@ -72,10 +80,11 @@ def losses(workdir) -> dict[int, float]:
 
 
 def _let_happen(step, *what):
-    from regvit_jax import checkpoint, stopping
+    from regvit_jax import checkpoint, evaluate, stopping
 
     requested, save = stopping.Stop.requested, checkpoint.Checkpoints.save
-    opened = []
+    evaluated, poll = evaluate.run, stopping.poll
+    opened, polls = [], []
 
     def saved(self, at, *args, **options):
         opened[:] = [self]
@@ -87,21 +96,38 @@ def _let_happen(step, *what):
         return started
 
     def asked(self, done):
-        if done == int(step) and "saving" not in what:
+        if done == int(step) and not {"saving", "evaluating"} & set(what):
             if "settled" in what:
                 opened[0].wait()
             _strike(what)
         if "slowly" in what:
             time.sleep(0.5)
+        if "slightly" in what:
+            time.sleep(0.02)
         return requested(self, done)
 
+    def evaluating(*args, **options):
+        polls[:] = [] if options["step"] == int(step) and "evaluating" in what else [None] * 10
+        return evaluated(*args, **options)
+
+    def polled():
+        polls.append(None)
+        if "slowly" in what:
+            time.sleep(0.5)
+        if len(polls) == 3:  # one before the evaluator, one before each batch
+            _strike(what)
+        return poll()
+
     stopping.Stop.requested, checkpoint.Checkpoints.save = asked, saved
+    evaluate.run, stopping.poll = evaluating, polled
 
 
 def _strike(what):
     for name in what:
         if name.startswith("SIG"):
             kill, whom = (os.killpg, os.getpgrp()) if "group" in what else (os.kill, os.getpid())
+            if "worker" in what:
+                whom = multiprocessing.active_children()[0].pid
             kill(whom, getattr(signal, name))
 
 

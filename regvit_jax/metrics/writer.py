@@ -1,5 +1,6 @@
 """Records of a run: metrics.jsonl, always, and TensorBoard events beside it."""
 
+import contextlib
 import json
 import logging
 import math
@@ -66,6 +67,7 @@ class Writer:
 
         Raises:
           ValueError: if a value is not a scalar, or is named "step".
+          OSError: naming the file, if the disk is full or gone. What is torn then, the next start cuts.
         """
         if not self._active:
             return
@@ -73,11 +75,14 @@ class Writer:
         if "step" in numbers:
             raise ValueError("a metric may not be named 'step': every line has that key")
         record = {"step": int(step)} | {name: _json_value(value) for name, value in numbers.items()}
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        self._file.flush()
-        board = self._board()
-        if board is not None:
-            for name, value in numbers.items():
+        try:
+            self._file.write(json.dumps(record, allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
+        for name, value in numbers.items():
+            # Asked anew each time: its thread may die of any of them.
+            if (board := self._board()) is not None:
                 board.add_scalar(name, value, step)
 
     def image(self, name: str, step: int, image_hwc: np.ndarray) -> None:
@@ -89,10 +94,12 @@ class Writer:
     def close(self) -> None:
         """Flushes and closes both files. Twice does no harm."""
         if self._file is not None:
-            self._file.close()
+            # Closing writes again what could not be written; that was told.
+            with contextlib.suppress(OSError):
+                self._file.close()
         if self._tensorboard is not None:
-            self._tensorboard.close()
-            self._tensorboard = None
+            _close_board(self._tensorboard)
+        self._tensorboard = None
         self._active = False
 
     def __enter__(self) -> "Writer":
@@ -103,15 +110,42 @@ class Writer:
 
     def _board(self):
         """The TensorBoard writer; made at the first point, when it is known from which step on old events are void."""
+        if self._tensorboard is not None and not _is_alive(self._tensorboard):
+            logging.warning("TensorBoard events end here, their file cannot be written; %s goes on", self._path)
+            _close_board(self._tensorboard)
+            self._tensorboard, self._tensorboard_missing = None, True
         if self._tensorboard is None and not self._tensorboard_missing:
             try:
                 from tensorboardX import SummaryWriter
-            except ImportError as error:
+
+                # A queue without end: one that is full when its thread dies would be waited for forever.
+                self._tensorboard = SummaryWriter(
+                    str(self._workdir), purge_step=self._purge_step, max_queue=0, flush_secs=30
+                )
+            except (ImportError, OSError) as error:
                 self._tensorboard_missing = True
                 logging.warning("no TensorBoard events (%s); %s has everything", error, self._path)
-            else:
-                self._tensorboard = SummaryWriter(str(self._workdir), purge_step=self._purge_step, flush_secs=30)
         return self._tensorboard
+
+
+def _is_alive(board) -> bool:
+    """Whether the thread behind a TensorBoard writer runs; it dies of an event that it cannot write."""
+    return board.file_writer.event_writer._worker.is_alive()
+
+
+def _close_board(board) -> None:
+    """Closes a TensorBoard writer, also one that cannot write: left open, it would try again when Python ends, or wait
+    forever for its thread."""
+    events = board.file_writer.event_writer
+    try:
+        if _is_alive(board):
+            board.close()
+            return
+    except OSError:
+        events._worker.stop()
+    events._closed = True
+    events._event_queue.cancel_join_thread()
+    events._event_queue.close()
 
 
 def _number(name: str, value) -> float | int:
@@ -152,7 +186,7 @@ def _is_record(line: bytes | str) -> bool:
 
 def _records(path: Path) -> list[tuple[str, dict]]:
     """Every (line, what it says)."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     for number, line in enumerate(lines, 1):
         if not _is_record(line):
             raise ValueError(f"{path}, line {number} is no JSON object with a step: {line[:80]!r}; mend or delete it")
