@@ -20,8 +20,10 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from regvit_jax import stopping
 from regvit_jax.data.sources import eval_split, holdout
 from regvit_jax.evals import EVALUATORS, Evaluator, get, suggest
+from regvit_jax.evals.feature_cache import counted
 from regvit_jax.evals.features import place, shared, source_of
 from regvit_jax.models.model import Model
 
@@ -101,9 +103,11 @@ def run(
     model = place(model, mesh)
     with shared():
         for name, scheduled in evaluators.items():
+            stopping.poll()
             evaluator = scheduled.evaluator
             folder = pathlib.Path(workdir).expanduser().absolute() / "eval" / name
             start = time.monotonic()
+            counted().clear()
             with _named(name):
                 metrics = {
                     metric: float(value) for metric, value in evaluator.run(model, mesh=mesh, out_dir=folder).items()
@@ -212,7 +216,12 @@ def _record(name, evaluator, model, metrics, step, seconds):
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "options": dataclasses.asdict(evaluator),
         "data": {
-            need: {"source": getattr(evaluator, need), "fingerprint": source.fingerprint, "samples": len(source)}
+            need: {
+                "source": getattr(evaluator, need),
+                "fingerprint": source.fingerprint,
+                "samples": len(source),
+                "unreadable": counted().get(getattr(evaluator, need), 0),
+            }
             for need, source in sources.items()
         },
         "model": {

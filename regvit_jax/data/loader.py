@@ -7,34 +7,28 @@ Grain does the threads and processes. Each of its elements is one whole batch, s
 large arrays.
 """
 
-import atexit
-import contextlib
 import dataclasses
-import functools
-import gc
+import itertools
 import logging
-import multiprocessing
-import os
-import signal
-import threading
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
+from regvit_jax.data.decode import DecodeError
 from regvit_jax.data.order import Order
 from regvit_jax.data.sources import Source
-from regvit_jax.data.transforms import DecodeError
+from regvit_jax.data.workers import Batch, iterate
 
-Batch = dict[str, np.ndarray]
 Transform = Callable[[Mapping[str, Any], np.random.Generator], Batch]
 
 # So many unreadable samples in a row are no accident: the disk is gone, or none of the files is an image.
 MAX_REPLACEMENTS = 100
+# Unreadable samples that a process names in its log; it counts the others.
+MAX_NAMED = 20
 _ENDLESS = 2**40
-# What a worker that was sent SIGTERM leaves the run to end in order.
-_GRACE_SECONDS = 60
+# What a source or a transform raises for a sample that is broken or gone; anything else is a mistake of the program.
+_UNREADABLE = (DecodeError, OSError)
 
 _log = logging.getLogger(__name__)
 
@@ -55,7 +49,7 @@ def train_batches(
     """This process's rows of the batches of steps start_step, start_step + 1, … (before `stop_step`, or without end).
 
     A sample that cannot be read is replaced by the next readable one of the same permutation, its position and
-    randomness unchanged, and is named once in a warning.
+    randomness unchanged, and is named once in a warning (the first MAX_NAMED of each process are).
 
     Args:
       transform: sample -> arrays of fixed shapes.
@@ -78,7 +72,7 @@ def train_batches(
         raise ValueError(f"cannot go from step {start_step} to {stop_step}")
     rows = _local_rows(batch_size, process_index, process_count)
     steps = (_ENDLESS if stop_step is None else stop_step) - start_step
-    return _iterate(
+    return iterate(
         _TrainBatches(source, transform, seed, batch_size, start_step, steps, rows, _order(source, seed), shuffle),
         workers,
     )
@@ -95,23 +89,67 @@ def eval_batches(
 ) -> Iterator[Batch]:
     """This process's rows of ceil(n / batch_size) full batches, in the order of the source: every process gets as many.
 
+    A sample that cannot be read is left out and named in a warning: what measures must count what it got.
+
     Returns:
       A generator of dicts: what the transform gives, stacked on axis 0, "index" int64 (the sample's place in the
-      source) and "valid_b" bool. Rows past the end are zeros with index -1 and valid_b False.
+      source) and "valid_b" bool. Rows past the end and rows of unreadable samples are zeros with index -1 and valid_b
+      False.
 
     Raises:
-      ValueError: for an empty source or a batch that does not divide over the processes; DecodeError, naming the file,
-        for a sample that cannot be read: a number measured on fewer images would not be the one that was asked for.
+      ValueError: at once for an empty source or a batch that does not divide over the processes; later when none of the
+        first MAX_REPLACEMENTS samples can be read.
     """
     _order(source, 0)
     rows = _local_rows(batch_size, process_index, process_count)
-    return _iterate(_EvalBatches(source, transform, batch_size, rows), workers)
+    return iterate(_EvalBatches(source, transform, batch_size, rows), workers)
 
 
-def decoded(source: Source, transform: Transform) -> Batch:
-    """The whole source as arrays (N, …) in its order, for caches in memory; `transform` must use no randomness."""
+def decoded(source: Source, transform: Transform) -> tuple[Batch, np.ndarray]:
+    """The whole source for caches in memory; `transform` must use no randomness.
+
+    Returns:
+      (arrays (N, …) in the order of the source, bool (N,): which could be read; rows of the others are zeros).
+
+    Raises:
+      ValueError: for an empty source, or one of which no sample can be read.
+    """
     _order(source, 0)
-    return _stack([_sample(source, index, transform, _NoRandomness()) for index in range(len(source))])
+    named: dict = {}
+    samples = [_sample_or_none(source, index, transform, _NoRandomness(), named) for index in range(len(source))]
+    readable = np.array([sample is not None for sample in samples])
+    if not readable.any():
+        raise ValueError(f"none of the {len(source)} samples can be read: {source.name(0)} and all others")
+    blank = _zeros(samples[int(readable.argmax())])
+    return _stack([blank if sample is None else sample for sample in samples]), readable
+
+
+def replaced_index(order: Order, positions: np.ndarray, readable_n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What `train_batches` reads at `positions` when `readable_n` says which samples can be read.
+
+    Returns:
+      (index int64 of the samples, int32 1 where it is a replacement), both of the shape of `positions`.
+
+    Raises:
+      ValueError: when MAX_REPLACEMENTS samples in a row, or all, cannot be read.
+    """
+    index = order.index(positions)
+    replaced = ~readable_n[index]
+    for row in np.flatnonzero(replaced):
+        good = (other for other in _following(order, int(positions[row])) if readable_n[other])
+        index[row] = next(good, -1)
+        if index[row] < 0:
+            raise ValueError(f"{min(order.n, MAX_REPLACEMENTS)} samples in a row cannot be read: the log names some")
+    return index, replaced.astype(np.int32)
+
+
+def _following(order, position, shuffle=True):
+    """Indices that may replace the sample of a position, the nearest first: the next ones of its epoch, then its first
+    ones."""
+    n = order.n
+    for ahead in range(1, min(n, MAX_REPLACEMENTS)):
+        place = position - position % n + (position + ahead) % n
+        yield order.index(place) if shuffle else place % n
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +165,7 @@ class _TrainBatches:
     rows: range
     order: Order
     shuffle: bool
-    warned: set = dataclasses.field(default_factory=set)
+    named: dict = dataclasses.field(default_factory=dict)
 
     def __len__(self):
         return self.steps
@@ -141,23 +179,17 @@ class _TrainBatches:
 
     def _readable(self, position, index):
         """The sample of this position, or the next of its epoch that can be read."""
-        n = self.order.n
-        tries = min(n, MAX_REPLACEMENTS)
-        for attempt in range(tries):
-            if attempt:
-                following = position - position % n + (position % n + attempt) % n
-                index = self.order.index(following) if self.shuffle else following % n
+        tries = 0
+        for candidate in itertools.chain([index], _following(self.order, position, self.shuffle)):
             try:
-                sample = _sample(self.source, index, self.transform, np.random.default_rng((self.seed, position)))
-            except (DecodeError, OSError) as error:
-                if index not in self.warned:
-                    self.warned.add(index)
-                    _log.warning("sample %s is replaced by the next one: %s", self.source.name(index), error)
-                failure = error
+                sample = _sample(self.source, candidate, self.transform, np.random.default_rng((self.seed, position)))
+            except _UNREADABLE as error:
+                _name(self.named, self.source, candidate, "is replaced by the next one", error)
+                last, failure, tries = candidate, error, tries + 1
             else:
-                return {**sample, "replaced_b": np.int32(attempt > 0)}
+                return {**sample, "replaced_b": np.int32(tries > 0)}
         raise ValueError(
-            f"{tries} samples in a row cannot be read, the last is {self.source.name(index)}: {failure}"
+            f"{tries} samples in a row cannot be read, the last is {self.source.name(last)}: {failure}"
         ) from failure
 
 
@@ -169,6 +201,7 @@ class _EvalBatches:
     transform: Transform
     batch_size: int
     rows: range
+    named: dict = dataclasses.field(default_factory=dict)
 
     def __len__(self):
         return -(-len(self.source) // self.batch_size)
@@ -176,20 +209,23 @@ class _EvalBatches:
     def __getitem__(self, k):
         n = len(self.source)
         indices = np.arange(k * self.batch_size + self.rows.start, k * self.batch_size + self.rows.stop)
-        valid = indices < n
-        samples = [self._read(index) for index in indices[valid].tolist()]
-        # A process may have nothing but padding in the last batch: its shapes are then those of the first sample.
-        blank = {name: np.zeros_like(value) for name, value in (samples[0] if samples else self._read(0)).items()}
-        batch = _stack(samples + [blank] * int((~valid).sum()))
+        samples = [self._read(index) if index < n else None for index in indices.tolist()]
+        valid = np.array([sample is not None for sample in samples])
+        # A process may have nothing but padding or broken files in a batch: its shapes are then those of another one.
+        blank = _zeros(next((sample for sample in samples if sample is not None), None) or self._any())
+        batch = _stack([blank if sample is None else sample for sample in samples])
         return {**batch, "index": np.where(valid, indices, -1), "valid_b": valid}
 
     def _read(self, index):
-        try:
-            return _sample(self.source, index, self.transform, np.random.default_rng((0, index)))
-        except DecodeError as error:
-            raise DecodeError(
-                f"sample {self.source.name(index)} cannot be read, repair or remove it: {error}"
-            ) from error
+        return _sample_or_none(self.source, index, self.transform, np.random.default_rng((0, index)), self.named)
+
+    def _any(self):
+        """The first sample that can be read."""
+        tries = min(len(self.source), MAX_REPLACEMENTS)
+        sample = next((sample for sample in map(self._read, range(tries)) if sample is not None), None)
+        if sample is None:
+            raise ValueError(f"none of the first {tries} samples can be read: {self.source.name(0)} and those after it")
+        return sample
 
 
 class _NoRandomness:
@@ -205,6 +241,31 @@ def _sample(source, index, transform, rng):
     except Exception as error:
         error.add_note(f"while reading sample {source.name(index)}")
         raise
+
+
+def _sample_or_none(source, index, transform, rng, named):
+    try:
+        return _sample(source, index, transform, rng)
+    except _UNREADABLE as error:
+        _name(named, source, index, "cannot be read and is left out", error)
+        return None
+
+
+def _name(named, source, index, fate, error):
+    """Tells of a bad sample once, and of the first MAX_NAMED only: a log of a million lines helps nobody."""
+    mine = object()
+    # Threads share the dict; each of its calls here is atomic.
+    if named.setdefault(index, mine) is not mine or len(named) > 10 * MAX_NAMED:
+        return
+    place = list(named).index(index)
+    if place < MAX_NAMED:
+        _log.warning("sample %s %s: %s", source.name(index), fate, error)
+    elif place == MAX_NAMED:
+        _log.warning("further unreadable samples are counted, not named")
+
+
+def _zeros(sample):
+    return {name: np.zeros_like(value) for name, value in sample.items()}
 
 
 def _stack(samples):
@@ -235,84 +296,3 @@ def _local_rows(batch_size, process_index, process_count):
         raise ValueError(f"process_index {process_index} of {process_count} processes")
     local = batch_size // process_count
     return range(process_index * local, (process_index + 1) * local)
-
-
-def _iterate(batches, workers):
-    if workers < 0:
-        raise ValueError(f"workers must be 0 or more, got {workers}")
-    if len(batches) == 0:
-        return iter(())
-    generator = _grain(batches, workers)
-    _running.add(generator)
-    return generator
-
-
-def _grain(batches, workers):
-    # Grain imports jax, which the rest of this module has no use for.
-    import grain
-    from absl import flags
-
-    # Grain reads its flags when it starts workers, which fails in programs that did not start through absl.app.run.
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()
-    # Threads and buffers count whole batches: Grain's defaults would keep 500 of them.
-    threads = 1 if workers else min(4, os.cpu_count() or 1)
-    dataset = grain.MapDataset.source(batches).to_iter_dataset(
-        grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
-    )
-    if workers:
-        processes = min(workers, len(batches))
-        options = grain.MultiprocessingOptions(num_workers=processes, per_worker_buffer_size=1)
-        dataset = dataset.mp_prefetch(options, worker_init_fn=_follow_the_parent)
-    _close_at_exit()
-    iterator = iter(dataset)
-    try:
-        for batch in iterator:
-            # Batches of workers lie in shared memory, which JAX on a CPU would keep hold of to the end of the program.
-            yield {name: np.array(array) for name, array in batch.items()} if workers else batch
-    finally:
-        iterator.close()
-        # The last batch of each worker hangs in a cycle of references; left there, Python complains of it at its end.
-        del iterator, dataset
-        batch = None
-        gc.collect()
-
-
-def _follow_the_parent(index, count):
-    """Runs in a worker: it ends when the run ends, neither before nor after.
-
-    A terminal sends Ctrl-C to workers too, a scheduler SIGTERM; the run then finishes its step, saves, and may need a
-    batch for that. And a run that was killed outright tells nobody: its workers would wait for it forever.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: _later(_GRACE_SECONDS))
-    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
-
-
-def _end_with(parent):
-    parent.join()
-    os._exit(1)
-
-
-def _later(seconds):
-    timer = threading.Timer(seconds, os._exit, (1,))
-    timer.daemon = True
-    timer.start()
-
-
-# A generator that lives until Python exits (a variable of a notebook) would be closed too late to stop its workers in
-# order.
-_running: weakref.WeakSet = weakref.WeakSet()
-
-
-@functools.cache
-def _close_at_exit():
-    """Called after Grain is imported: what is registered last runs first, so before multiprocessing ends workers."""
-    atexit.register(_close_all)
-
-
-def _close_all():
-    for generator in list(_running):
-        # One that a thread is inside of cannot be closed from here; the end of the process ends it.
-        with contextlib.suppress(ValueError):
-            generator.close()

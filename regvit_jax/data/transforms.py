@@ -1,11 +1,10 @@
-"""Transforms on the host: decode, resize and crop with Pillow, as torchvision does with PIL images, pixel for pixel.
+"""Transforms on the host: resize and crop with Pillow, as torchvision does with PIL images, pixel for pixel.
 
 Images are uint8 (H, W, 3) RGB arrays between the functions. Geometry follows torchvision's rules, because released
 weights were trained and evaluated with them: a resize that rounds otherwise moves every patch by a fraction of a pixel.
 """
 
 import dataclasses
-import io
 import math
 import os
 from collections.abc import Mapping
@@ -13,6 +12,8 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from regvit_jax.data.decode import MAX_PIXELS, DecodeError, decode, decode_map
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -23,10 +24,6 @@ INTERPOLATION = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
-
-
-class DecodeError(ValueError):
-    """An input that is no readable image; the message names it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,55 +53,6 @@ class Preprocess:
         return math.floor(self.size / self.crop_ratio + 1e-6)
 
 
-def decode(image: Any, name: str | None = None) -> np.ndarray:
-    """uint8 (H, W, 3) RGB from encoded bytes, a path, a PIL image or an array.
-
-    Grey and palette images are spread to three channels, an alpha channel is dropped, CMYK is converted, 16-bit grey
-    keeps its high byte, of an animation the first frame is taken; the EXIF orientation is not applied: all as
-    torchvision's image loader, except that it clips 16-bit grey to white. Arrays are uint8 (H, W), (H, W, 1), (H, W, 3)
-    or (H, W, 4).
-
-    Raises:
-      DecodeError: a ValueError that names the input (`name`, or its path), if it is truncated, corrupt or no image.
-      OSError: if a path cannot be opened.
-    """
-    if hasattr(image, "__array__") and not isinstance(image, Image.Image):
-        return _from_array(np.asarray(image), name or type(image).__name__)
-    if isinstance(image, Image.Image):
-        return _read(image, name or getattr(image, "filename", "") or "PIL image")
-    if isinstance(image, str | os.PathLike):
-        name = name or os.fspath(image)
-        with open(image, "rb") as file:
-            image = file.read()
-    if not isinstance(image, bytes | bytearray | memoryview):
-        raise DecodeError(
-            f"{name or 'image'}: expected encoded bytes, a path, a PIL image or an array, got {type(image).__name__}"
-        )
-    name = name or f"{len(image)} encoded bytes"
-    with _pillow_errors(name), Image.open(io.BytesIO(image)) as opened:
-        return _read(opened, name)
-
-
-def decode_map(image: Any, name: str | None = None) -> np.ndarray:
-    """(H, W) values of a mask or depth map as stored (class numbers of a palette, 16-bit depth), from the forms
-    `decode` takes.
-
-    Raises:
-      DecodeError: if it is no readable image, or has several channels.
-    """
-    if isinstance(image, np.ndarray):
-        values, name = image, name or "array"
-    elif isinstance(image, Image.Image):
-        values, name = np.asarray(image), name or "PIL image"
-    else:
-        name = name or (os.fspath(image) if isinstance(image, str | os.PathLike) else f"{len(image)} encoded bytes")
-        with _pillow_errors(name), Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
-            values = np.asarray(opened)
-    if values.ndim != 2:
-        raise DecodeError(f"{name}: a mask or depth map has one channel, this has shape {values.shape}")
-    return values
-
-
 def resize(image: np.ndarray, height: int, width: int, interpolation: str = "bicubic") -> np.ndarray:
     """uint8 (height, width, 3), antialiased when it shrinks; `image` itself if it has that size."""
     if image.shape[:2] == (height, width):
@@ -113,7 +61,11 @@ def resize(image: np.ndarray, height: int, width: int, interpolation: str = "bic
 
 
 def resize_short(image: np.ndarray, size: int, interpolation: str = "bicubic") -> np.ndarray:
-    """The short side becomes `size`, the long side int(size * long / short)."""
+    """The short side becomes `size`, the long side int(size * long / short).
+
+    Raises:
+      DecodeError: for a strip so narrow that this is more than MAX_PIXELS.
+    """
     height, width = _short_size(*image.shape[:2], size)
     return resize(image, height, width, interpolation)
 
@@ -262,7 +214,11 @@ def _fixed_shape(sample, original, image, move):
         if key in ("mask", "depth"):
             values = decode_map(value)
             if values.shape != original.shape[:2]:
-                raise ValueError(f"the {key} has shape {values.shape}, its image {original.shape[:2]}: they must agree")
+                raise ValueError(
+                    f"the {key} has shape {values.shape}, its image {original.shape[:2]}: they must agree (an image is "
+                    f"turned upright as its EXIF orientation says, a {key} is taken as stored: make it for the upright "
+                    f"image, or remove the orientation)"
+                )
             fields[key] = move(values)
         elif key not in ("image", "label", "boxes") and np.asarray(value).dtype.kind in "biuf":
             fields[key] = np.asarray(value)
@@ -270,9 +226,14 @@ def _fixed_shape(sample, original, image, move):
 
 
 def _short_size(height, width, size):
-    if height <= width:
-        return size, int(size * width / height)
-    return int(size * height / width), size
+    short, long = sorted((height, width))
+    other = int(size * long / short)
+    if size * other > MAX_PIXELS:
+        raise DecodeError(
+            f"an image of {width} x {height} pixels, its short side resized to {size}, would have {size} x {other}: "
+            f"more than {MAX_PIXELS}"
+        )
+    return (size, other) if height <= width else (other, size)
 
 
 def _nearest(values, height, width):
@@ -288,38 +249,3 @@ def _check_interpolation(name):
     if name not in INTERPOLATION:
         raise ValueError(f"interpolation is one of {', '.join(INTERPOLATION)}, not {name!r}")
     return INTERPOLATION[name]
-
-
-def _from_array(array, name):
-    if array.dtype != np.uint8:
-        raise DecodeError(f"{name}: image arrays are uint8 from 0 to 255, this is {array.dtype}")
-    if array.ndim == 2:
-        array = array[..., None]
-    if array.ndim != 3 or array.shape[-1] not in (1, 3, 4) or 0 in array.shape:
-        raise DecodeError(f"{name}: image arrays are (H, W, 3), (H, W, 1), (H, W, 4) or (H, W), this is {array.shape}")
-    return np.repeat(array, 3, axis=-1) if array.shape[-1] == 1 else array[..., :3]
-
-
-def _read(image, name):
-    with _pillow_errors(name):
-        if image.mode.startswith("I;16"):
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        elif image.mode == "P" and "transparency" in image.info:
-            # Straight to RGB gives the same pixels, with a warning for each image.
-            image = image.convert("RGBA")
-        return np.array(image if image.mode == "RGB" else image.convert("RGB"))
-
-
-class _pillow_errors:
-    """What Pillow raises for a broken file (half a dozen types) as one DecodeError that names the file."""
-
-    def __init__(self, name):
-        self.name = name
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        passes = (DecodeError, FileNotFoundError, PermissionError, MemoryError)
-        if isinstance(error, Exception) and not isinstance(error, passes):
-            raise DecodeError(f"{self.name}: not a readable image ({error})") from error

@@ -40,6 +40,9 @@ class Evaluator:
     batch_size: int = option(256, "images in one forward pass, over all devices; changes speed and memory only")
     workers: int = option(0, "processes that decode images; 0: threads of this one")
     cache_dir: str = option("", "folder that keeps features from one run to the next; empty: none is kept")
+    max_bad: float = option(
+        0.01, "share of a source's images that may be unreadable: left out, and counted as unreadable in results.json"
+    )
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -47,6 +50,7 @@ class Evaluator:
             object.__setattr__(self, field.name, value)
         self.check("batch_size", self.batch_size >= 1, "at least 1")
         self.check("workers", self.workers >= 0, "0 or more")
+        self.check("max_bad", 0 <= self.max_bad <= 1, "a share, from 0 to 1")
 
     def check(self, name: str, good: bool, allowed: str) -> None:
         """Raises ValueError that names the option, what it may be and what it is, unless `good`."""

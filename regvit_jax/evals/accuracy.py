@@ -9,7 +9,7 @@ import numpy as np
 from regvit_jax import sharding
 from regvit_jax.data.augment import normalize
 from regvit_jax.evals import Evaluator
-from regvit_jax.evals.features import batches, place, source_of
+from regvit_jax.evals.features import batches, leave_out, place, source_of
 from regvit_jax.evals.metrics import top_k_hits
 from regvit_jax.losses import one_hot, softmax_xent
 from regvit_jax.models.model import Model
@@ -31,13 +31,14 @@ class Accuracy(Evaluator):
         if source.num_classes != classes:
             raise ValueError(f"the head has {classes} classes, {self.eval_data!r} has {source.num_classes}")
         model = place(model, mesh)
-        totals: list[dict] = []
+        totals: list[tuple[dict, Array]] = []
         with jax.set_mesh(mesh):
             for batch in batches(
                 source, model.preprocessing, batch_size=self.batch_size, mesh=mesh, workers=self.workers
             ):
-                totals.append(_count(model, batch))
-            found = sharding.gather(totals)
+                totals.append((_count(model, batch), batch["index"]))
+            found, index = zip(*sharding.gather(totals), strict=True)
+        leave_out(source, self.eval_data, np.concatenate(index), self.max_bad)
         sums = {name: float(np.sum([part[name] for part in found], dtype=np.float64)) for name in found[0]}
         count = sums.pop("count")
         if not count:

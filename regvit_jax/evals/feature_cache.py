@@ -31,19 +31,25 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
-    """One feature of a source: features (N, D) float32, labels (N,) int32."""
+    """One feature of the M samples of a source that could be read: features (M, D) float32, labels (M,) int32, index
+    (M,) int64 (their places in the source, rising)."""
 
     features: np.ndarray
     labels: np.ndarray
+    index: np.ndarray
 
 
 class Shared:
-    """What `shared` keeps. Models are held, so that no other one gets the id of a model whose hash is known."""
+    """What `shared` keeps. Models are held, so that no other one gets the id of a model whose hash is known.
+
+    `unreadable` counts, for each source string, the samples that the evaluator at work had to leave out.
+    """
 
     def __init__(self):
         self.kept: dict[str, Kept] = {}
         self.sources: dict[str, Source] = {}
         self.hashes: dict[int, tuple[Model, str]] = {}
+        self.unreadable: dict[str, int] = {}
 
 
 _shared: contextvars.ContextVar[Shared | None] = contextvars.ContextVar("shared", default=None)
@@ -77,6 +83,12 @@ def source_of(spec: str) -> Source:
     return memory.sources[spec]
 
 
+def counted() -> dict[str, int]:
+    """{source string: samples left out}, what is written there is read by others inside `shared`."""
+    memory = _shared.get()
+    return {} if memory is None else memory.unreadable
+
+
 def keys_of(model: Model, source: Source, outputs: tuple[str, ...], norm: bool) -> dict[str, str]:
     """{output: the key of what it depends on}. All processes must call it."""
     # Every field that is no array counts, also one that a later version adds; of `run` only the dtype changes numbers.
@@ -106,14 +118,18 @@ def find(keys: Mapping[str, str], cache_dir: str, n: int) -> dict[str, Kept]:
     return found
 
 
-def keep(keys: Mapping[str, str], values: Mapping[str, Kept], cache_dir: str) -> None:
-    """Puts values where `find` looks; files are written whole or not at all, by process 0."""
+def keep(keys: Mapping[str, str], values: Mapping[str, Kept], cache_dir: str, n: int) -> None:
+    """Puts values where `find` looks; files are written whole or not at all, by process 0.
+
+    No file is written where a sample is missing: what cannot be read today may be there tomorrow.
+    """
     memory = _shared.get()
     for output, kept in values.items():
         if memory is not None:
             memory.kept[keys[output]] = kept
         path = _file(cache_dir, keys[output])
-        if cache_dir and jax.process_index() == 0 and not path.is_file():
+        whole = len(kept.index) == n
+        if cache_dir and whole and jax.process_index() == 0 and not path.is_file():
             _write(path, kept)
 
 
@@ -146,7 +162,7 @@ def _read(path, n):
     try:
         # The archive carries checksums: reading it whole finds a damaged one.
         with np.load(path, allow_pickle=False) as archive:
-            kept = Kept(archive["features"], archive["labels"])
+            kept = Kept(archive["features"], archive["labels"], np.arange(n))
         if len(kept.features) != n or len(kept.labels) != n:
             raise ValueError(f"{len(kept.features)} rows for {n} samples")
     except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:

@@ -18,33 +18,45 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from regvit_jax import sharding
+from regvit_jax import sharding, stopping
 from regvit_jax.data.augment import normalize
 from regvit_jax.data.loader import eval_batches
 from regvit_jax.data.sources import Source
 from regvit_jax.data.transforms import EvalTransform, Preprocess
 from regvit_jax.evals import Evaluator
-from regvit_jax.evals.feature_cache import Kept, find, is_shared, keep, keys_of, shared, source_of
+from regvit_jax.evals.feature_cache import Kept, counted, find, is_shared, keep, keys_of, shared, source_of
 from regvit_jax.models.model import Model
 from regvit_jax.trees import Array
 
-__all__ = ["Features", "batches", "extract", "labelled_pair", "multiple_of", "place", "shared", "source_of"]
+__all__ = [
+    "Features",
+    "batches",
+    "extract",
+    "labelled_pair",
+    "leave_out",
+    "multiple_of",
+    "place",
+    "shared",
+    "source_of",
+]
 
 POOLED = ("cls", "mean_patch")
 
 _OUTPUT = re.compile(r"(?:block(-?\d+)/)?(cls|mean_patch)")
 _SECONDS_BETWEEN_LINES = 30.0
+_NAMED = 5  # unreadable images in one message
 
 _log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
 class Features:
-    """What `extract` returns, rows in the order of the source.
+    """What `extract` returns: N rows in the order of the source, without samples that cannot be read.
 
     Attributes:
       arrays: {output: (N, D) float32}.
       labels: (N,) int32, -1 where a sample has none.
+      index: (N,) int64, place of each row's sample in the source.
       class_names: of the source, in label order; empty without labels.
       source: the string of the source.
       fingerprint: of the source.
@@ -52,6 +64,7 @@ class Features:
 
     arrays: dict[str, np.ndarray]
     labels: np.ndarray
+    index: np.ndarray
     class_names: tuple[str, ...]
     source: str
     fingerprint: str
@@ -81,7 +94,7 @@ class Features:
         missing = int((~has_label).sum())
         _log.warning("%s: %d of %d samples have no label and are left out", self.source, missing, len(has_label))
         arrays = {name: array[has_label] for name, array in self.arrays.items()}
-        return dataclasses.replace(self, arrays=arrays, labels=self.labels[has_label])
+        return dataclasses.replace(self, arrays=arrays, labels=self.labels[has_label], index=self.index[has_label])
 
 
 def extract(
@@ -94,6 +107,7 @@ def extract(
     mesh: Mesh,
     cache_dir: str = "",
     workers: int = 0,
+    max_bad: float = Evaluator.max_bad,
 ) -> Features:
     """Features of every image of a source.
 
@@ -106,9 +120,11 @@ def extract(
       norm: after the network's final norm; otherwise of the residual stream.
       batch_size: over all devices; rounded up to a multiple of what the mesh splits a batch into.
       cache_dir: folder of feature files; a damaged one is computed anew. Empty: none.
+      max_bad: share of the images that may be unreadable; they are left out.
 
     Raises:
-      ValueError: for an unknown output, a class token that the model has not, or features that are not finite.
+      ValueError: for an unknown output, a class token that the model has not, more unreadable images than that, or
+        features that are not finite.
     """
     for output in outputs:
         _check_output(output, model)
@@ -122,10 +138,13 @@ def extract(
     kept = find({name: keys[name] for name in outputs}, cache_dir, len(source)) if known else {}
     missing = [name for name in outputs if name not in kept]
     if missing:
-        arrays, labels = _compute(model, source, source_spec, (*missing, *extra), norm, batch_size, mesh, workers)
-        kept |= {name: Kept(array, labels) for name, array in arrays.items()}
+        arrays, *rows = _compute(model, source, source_spec, (*missing, *extra), norm, batch_size, mesh, workers)
+        kept |= {name: Kept(array, *rows) for name, array in arrays.items()}
     if known:
-        keep(keys, kept, cache_dir)
+        keep(keys, kept, cache_dir, len(source))
+    kept = _same_rows({name: kept[name] for name in outputs})
+    index = kept[outputs[0]].index
+    leave_out(source, source_spec, index, max_bad)
     arrays = {name: kept[name].features for name in outputs}
     for name, array in arrays.items():
         bad = len(array) - int(np.isfinite(array).all(axis=1).sum())
@@ -134,7 +153,8 @@ def extract(
                 f"the feature {name!r} is NaN or infinite for {bad} of {len(array)} images of {source_spec}: "
                 f"the weights have diverged, or the dtype {model.run.dtype} is too narrow for them"
             )
-    return Features(arrays, kept[outputs[0]].labels, tuple(source.class_names), source_spec, source.fingerprint)
+    labels = kept[outputs[0]].labels
+    return Features(arrays, labels, index, tuple(source.class_names), source_spec, source.fingerprint)
 
 
 def labelled_pair(options: Evaluator, model: Model, outputs: tuple[str, ...], mesh: Mesh) -> tuple[Features, Features]:
@@ -148,6 +168,7 @@ def labelled_pair(options: Evaluator, model: Model, outputs: tuple[str, ...], me
             mesh=mesh,
             cache_dir=options.cache_dir,
             workers=options.workers,
+            max_bad=options.max_bad,
         ).labelled()
         for spec in (options.data, options.eval_data)
     )
@@ -178,7 +199,8 @@ def place(model: Model, mesh: Mesh) -> Model:
 def batches(
     source: Source, spec: Preprocess, *, batch_size: int, mesh: Mesh, workers: int = 0
 ) -> Iterator[dict[str, Array]]:
-    """Global batches on the mesh: "image" uint8 (B,S,S,3), "label" and "index" int32 (B,); index is -1 for padding.
+    """Global batches on the mesh: "image" uint8 (B,S,S,3), "label" and "index" int32 (B,); index is -1 for padding and
+    for a sample that cannot be read: rows that count for nothing, see `leave_out`.
 
     B is `batch_size`, at most the size of the source, rounded up to what the mesh and the processes can split.
     """
@@ -191,8 +213,30 @@ def batches(
         process_count=jax.process_count(),
     )
     for batch in local:
+        stopping.poll()
         index = batch["index"].astype(np.int32)
         yield sharding.put({"image": batch["image"], "label": batch["label"], "index": index}, mesh)
+
+
+def leave_out(source: Source, spec: str, index: np.ndarray, max_bad: float) -> None:
+    """Warns of the samples of a source that are not in `index` because they cannot be read, and records their number
+    for results.json.
+
+    Raises:
+      ValueError: if they are more than a share `max_bad`: a number measured on the rest is not the one asked for.
+    """
+    n = len(source)
+    missing = np.setdiff1d(np.arange(n), index)
+    counted()[spec] = len(missing)
+    if not len(missing):
+        return
+    names = ", ".join(source.name(int(place)) for place in missing[:_NAMED]) + (", …" if len(missing) > _NAMED else "")
+    if len(missing) / n > max_bad:
+        raise ValueError(
+            f"{len(missing)} of the {n} images of {spec!r} cannot be read ({names}), more than max_bad={max_bad:g} of "
+            f"them: repair or remove these files, or raise max_bad of this evaluator"
+        )
+    _log.warning("%s: %d of %d images cannot be read and are left out: %s", spec, len(missing), n, names)
 
 
 def multiple_of(mesh: Mesh, rows: int) -> int:
@@ -213,17 +257,18 @@ def _check_output(output, model):
 
 
 def _compute(model, source, source_spec, outputs, norm, batch_size, mesh, workers):
-    """({output: (N, D) float32}, (N,) int32) by one pass over the source."""
+    """({output: (M, D) float32}, labels (M,) int32, index (M,)) of what can be read, by one pass over the source."""
     start = line = time.monotonic()
     model = place(model, mesh)
     n, done = len(source), 0
-    arrays, labels = {}, np.full(n, -1, np.int32)
+    arrays, labels, seen = {}, np.full(n, -1, np.int32), np.zeros(n, bool)
 
     def collect(batch, pooled):
         host = sharding.gather({"label": batch["label"], "index": batch["index"], **pooled})
         index = host.pop("index")
         rows = index[index >= 0]
         labels[rows] = host.pop("label")[index >= 0]
+        seen[rows] = True
         for name, values in host.items():
             if name not in arrays:
                 arrays[name] = np.empty((n, values.shape[1]), np.float32)
@@ -244,7 +289,20 @@ def _compute(model, source, source_spec, outputs, norm, batch_size, mesh, worker
         done += collect(*pending)
     seconds = time.monotonic() - start
     _log.info("features of %s: %d images in %.1f s (%.0f img/s)", source_spec, n, seconds, n / max(seconds, 1e-9))
-    return arrays, labels
+    if seen.all():
+        return arrays, labels, np.arange(n)
+    return {name: array[seen] for name, array in arrays.items()}, labels[seen], np.flatnonzero(seen)
+
+
+def _same_rows(kept):
+    """The outputs over the samples that all of them have: a file may break between two passes."""
+    index = functools.reduce(np.intersect1d, (one.index for one in kept.values()))
+
+    def part(one):
+        rows = np.isin(one.index, index)
+        return Kept(one.features[rows], one.labels[rows], index)
+
+    return {name: one if len(one.index) == len(index) else part(one) for name, one in kept.items()}
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from regvit_jax import sharding
+from regvit_jax import sharding, stopping
 from regvit_jax.evals import Evaluator, option
 from regvit_jax.evals.features import labelled_pair, multiple_of
 from regvit_jax.evals.metrics import top_k_hits, tops
@@ -92,6 +92,7 @@ def linear_accuracy(
             judged = {}
             # From strong to weak, each fit starts at the optimum of the one before.
             for strength in sorted(l2, reverse=True):
+                stopping.poll()
                 head = fit(*problem, used, strength, head, max_iter)[0]
                 hits, loss = sharding.gather(_score(x, y, held_out, head))
                 judged[strength] = int(hits["top1"]), -float(loss)

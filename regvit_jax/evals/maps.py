@@ -17,7 +17,7 @@ from regvit_jax import sharding
 from regvit_jax.data.augment import normalize
 from regvit_jax.data.sources import Subset
 from regvit_jax.evals import Evaluator, option
-from regvit_jax.evals.features import batches, place, source_of
+from regvit_jax.evals.features import batches, leave_out, place, source_of
 from regvit_jax.models.model import Model
 from regvit_jax.trees import Array
 
@@ -44,11 +44,13 @@ class Maps(Evaluator):
 
     def run(self, model, *, mesh, out_dir) -> dict[str, float]:
         source = source_of(self.eval_data)
-        n = min(self.n, len(source))
-        images, norms, patches, registers = _look(model, Subset(source, 0, n), self.workers, mesh)
+        first = Subset(source, 0, min(self.n, len(source)))
+        index, images, norms, patches, registers = _look(model, first, self.workers, mesh)
+        # A share of a few images is no share: what can be read is shown.
+        leave_out(first, self.eval_data, index, max_bad=1.0)
         if jax.process_index() == 0:
             path = pathlib.Path(out_dir) / FILE
-            _draw(path, images, norms, first_component(patches), [_title(source, i) for i in range(n)])
+            _draw(path, images, norms, first_component(patches), [_title(source, int(i)) for i in index])
             _log.info("wrote %s", path)
         metrics = {"patch_norm_max_over_median": float(norms.max() / np.median(norms))}
         if registers.size:
@@ -71,13 +73,14 @@ def first_component(patches: np.ndarray) -> np.ndarray:
 
 
 def _look(model, source, workers, mesh):
-    """uint8 (n,S,S,3) images, (n,h,w) norms, (n,h,w,D) normalised patches, (n,R) norms of registers."""
+    """Index (n,), uint8 (n,S,S,3) images, (n,h,w) norms, (n,h,w,D) normalised patches, (n,R) norms of registers."""
     model = place(model, mesh)
     parts = []
     with jax.set_mesh(mesh):
         for batch in batches(source, model.preprocessing, batch_size=len(source), mesh=mesh, workers=workers):
-            index, *rest = sharding.gather((batch["index"], batch["image"], *_maps(model, batch["image"])))
-            parts.append([values[index >= 0][np.argsort(index[index >= 0])] for values in rest])
+            columns = sharding.gather((batch["index"], batch["image"], *_maps(model, batch["image"])))
+            index = columns[0]
+            parts.append([values[index >= 0][np.argsort(index[index >= 0])] for values in columns])
     return [np.concatenate(column) for column in zip(*parts, strict=True)]
 
 

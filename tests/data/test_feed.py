@@ -102,27 +102,80 @@ def test_random_crops_cannot_be_cached(source):
 
 
 class Broken:
-    """A source whose sample 3 cannot be read."""
+    """A source of which some samples cannot be read."""
 
-    def __init__(self, source):
-        self.source = source
+    def __init__(self, source, bad=(3,)):
+        self.source, self.bad = source, bad
 
     def __len__(self):
         return len(self.source)
 
     def __getitem__(self, index):
-        return self.source[index] | ({"image": b"broken"} if index == 3 else {})
+        return self.source[index] | ({"image": b"broken"} if index in self.bad else {})
 
     def name(self, index):
         return f"sample {index}"
 
 
-def test_replaced_samples_are_counted(source, caplog):
-    found = batches(Broken(source), mesh_of(1))
-    assert len(found) == 6 and "replaced_b" not in found[0]
-    times = int((Order(TRAIN, 3).index(np.arange(48)) == 3).sum())
-    assert f"{times} unreadable samples were replaced so far" in caplog.text
-    assert "sample 3 is replaced by the next one" in caplog.text
+def stream(source, *, start=0, stop=6, **options):
+    order = {"seed": 3, "batch_size": 8, "start_step": start, "stop_step": stop}
+    return feed(source, TrainTransform(4, crop="none"), mesh_of(1), fields=("image", "label"), **order, **options)
+
+
+@pytest.mark.parametrize("cache", ["none", "host", "device"])
+def test_replaced_samples_are_counted(source, cache, caplog):
+    found = stream(Broken(source), cache=cache)
+    order, replaced = Order(TRAIN, 3).index(np.arange(48)), []
+    for batch in found:
+        assert "replaced_b" not in batch
+        replaced.append(found.replaced())
+    assert replaced == [int((order[: 8 * step] == 3).sum()) for step in range(1, 7)] and replaced[-1] == 2
+    said = [record.message for record in caplog.records if "replaced so far" in record.message]
+    assert [text[:40] for text in said] == [f"data: {n} unreadable samples were replaced"[:40] for n in (1, 2)]
+    assert "sample 3 " in caplog.text
+
+
+@pytest.mark.parametrize("cache", ["host", "device"])
+def test_caches_replace_the_same_samples(source, cache):
+    broken = Broken(source, bad=(3, 4, 5, 17))
+    assert_same(batches(broken, mesh_of(8), cache=cache), batches(broken, mesh_of(8)))
+
+
+@pytest.mark.parametrize("cache", ["none", "host"])
+def test_a_run_stops_past_the_share_of_bad_files(source, cache):
+    """4 of 21 files are bad: the third that is met is more than 2 / 21, wherever it comes."""
+    bad = (3, 4, 5, 17)
+    order = Order(TRAIN, 3).index(np.arange(48))
+    third = int(np.flatnonzero(np.isin(order, bad))[2])
+    found = stream(Broken(source, bad), cache=cache, max_bad=2 / 21)
+    got = []
+    with pytest.raises(
+        ValueError, match=r"could not be read.*max_bad=0.0952.*sample (3|4|5|17).*--config.data.max_bad"
+    ):
+        got.extend(found)
+    assert len(got) == third // 8
+    # Luck does not stop it: of the four, three come early in the second pass, 7 of the 32 samples drawn by then.
+    assert np.isin(order[:32], bad).sum() == 7
+    assert len(list(stream(Broken(source, bad), cache=cache, max_bad=4 / 21))) == 6
+    # Counted is since this start.
+    late = stream(Broken(source, bad), cache=cache, start=third // 8 + 1, stop=third // 8 + 2, max_bad=2 / 21)
+    assert len(list(late)) == 1
+
+
+def test_processes_agree_on_the_share(source, monkeypatch):
+    """Two processes of which this one met fewer bad files: it sees none of the sum until both ask together."""
+    from jax.experimental import multihost_utils
+
+    found = stream(Broken(source), max_bad=0.5)
+    for _ in range(3):
+        next(found)
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    asked = []
+    monkeypatch.setattr(multihost_utils, "process_allgather", lambda own: asked.append(int(own)) or np.array([own, 5]))
+    assert found.replaced() == 6 and asked == [1]
+    monkeypatch.setattr(multihost_utils, "process_allgather", lambda own: np.array([own, 21]))
+    with pytest.raises(ValueError, match="22 training samples.*52.4 % of 2 x 21.*sample 3"):
+        found.replaced()
 
 
 def test_closing_ends_the_feed(source):

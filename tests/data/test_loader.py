@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 
 from regvit_jax.data import open_source
-from regvit_jax.data.loader import MAX_REPLACEMENTS, decoded, eval_batches, train_batches
+from regvit_jax.data.loader import MAX_NAMED, MAX_REPLACEMENTS, decoded, eval_batches, replaced_index, train_batches
 from regvit_jax.data.order import Order
 from regvit_jax.data.sources import Source
-from regvit_jax.data.transforms import DecodeError, EvalTransform, Preprocess, TrainTransform
+from regvit_jax.data.transforms import EvalTransform, Preprocess, TrainTransform
 
 N = 23
 PLAIN = TrainTransform(4, crop="none")
@@ -122,6 +122,27 @@ def test_a_bad_sample_is_replaced_by_the_next_and_named_once(caplog):
     assert len(warnings) == 2 and all(any(f"number {i} is" in text for text in warnings) for i in bad)
 
 
+def test_a_log_names_the_first_of_many_bad_samples(caplog):
+    bad = {int(i) for i in Order(200, 0).index(np.arange(100))[::2]}
+    list(train_batches(Numbers(200, bad), PLAIN, seed=0, batch_size=100, start_step=0, stop_step=4))
+    named = [record.message for record in caplog.records if "is replaced by the next one" in record.message]
+    assert len(named) == MAX_NAMED == len(set(named))
+    assert sum("counted, not named" in record.message for record in caplog.records) == 1
+
+
+def test_replacements_can_be_told_from_what_is_readable():
+    """The index of a cache is what the loader reads, over two passes in which the last positions are bad too."""
+    bad = {int(i) for i in Order(N, 3).index(np.array([0, 1, N - 1, N + 5]))}
+    batches = train_batches(Numbers(bad=bad), PLAIN, seed=3, batch_size=N, start_step=0, stop_step=2)
+    readable = np.array([i not in bad for i in range(N)])
+    for step, batch in enumerate(batches):
+        index, replaced = replaced_index(Order(N, 3), step * N + np.arange(N), readable)
+        np.testing.assert_array_equal(index, batch["label"])
+        np.testing.assert_array_equal(replaced, batch["replaced_b"])
+    with pytest.raises(ValueError, match=f"{MAX_REPLACEMENTS} samples in a row cannot be read"):
+        replaced_index(Order(1000, 0), np.arange(4), np.zeros(1000, bool))
+
+
 def test_a_replacement_stays_in_its_epoch():
     # The last position of an epoch takes the first sample of the same epoch, not one of the next.
     order = Order(5, 0).index(np.arange(5))
@@ -213,14 +234,41 @@ def test_workers_evaluate_the_same(folder):
     )
 
 
-def test_a_bad_sample_stops_an_evaluation_and_is_named():
-    with pytest.raises(DecodeError, match="number 3 cannot be read"):
-        list(eval_batches(Numbers(bad={3}), PLAIN, batch_size=8))
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_bad_sample_is_left_out_of_an_evaluation_and_named(processes, caplog):
+    # A whole batch is bad: 4 to 7; with two processes also all rows of one of them in the first batch.
+    bad = {2, 3, 4, 5, 6, 7}
+    hosts = [
+        list(eval_batches(Numbers(10, bad), PLAIN, batch_size=4, process_index=i, process_count=processes))
+        for i in range(processes)
+    ]
+    assert [len(batches) for batches in hosts] == [3] * processes
+    seen = []
+    for batch in itertools.chain(*hosts):
+        valid = batch["valid_b"]
+        assert batch["image"].shape == (4 // processes, 4, 4, 3) and batch["label"].dtype == np.int32
+        np.testing.assert_array_equal(batch["label"][valid], batch["index"][valid])
+        assert not batch["image"][~valid].any() and (batch["index"][~valid] == -1).all()
+        seen += batch["index"][valid].tolist()
+    assert sorted(seen) == [0, 1, 8, 9]
+    for i in bad:
+        assert f"number {i} cannot be read and is left out" in caplog.text
+
+
+def test_an_evaluation_without_a_readable_sample_is_an_error():
+    with pytest.raises(ValueError, match="none of the first 3 samples can be read: number 0"):
+        list(eval_batches(Numbers(3, bad={0, 1, 2}), PLAIN, batch_size=2))
 
 
 def test_decoded_is_the_whole_source_in_order():
-    arrays = decoded(Numbers(5), PLAIN)
+    arrays, readable = decoded(Numbers(5), PLAIN)
+    assert readable.all()
     assert arrays["label"].tolist() == [0, 1, 2, 3, 4] and arrays["image"].shape == (5, 4, 4, 3)
     assert arrays["image"][:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4]
     with pytest.raises(ValueError, match="without randomness"):
         decoded(Numbers(5), TrainTransform(4))
+    arrays, readable = decoded(Numbers(4, bad={0, 2}), PLAIN)
+    assert readable.tolist() == [False, True, False, True]
+    assert arrays["image"][:, 0, 0, 0].tolist() == [0, 1, 0, 3] and arrays["label"].tolist() == [0, 1, 0, 3]
+    with pytest.raises(ValueError, match="none of the 2 samples can be read: number 0"):
+        decoded(Numbers(2, bad={0, 1}), PLAIN)

@@ -1,29 +1,36 @@
-"""Host transforms: what torchvision does to PIL images, worked out by hand."""
+"""Host transforms: decoding of every kind of file, and what torchvision does to PIL images, by hand and recorded."""
 
 import dataclasses
 import io
 import json
 import math
+import os
+import pathlib
 import pickle
+import struct
 import warnings
+import zlib
 
 import numpy as np
+import PIL
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
+from regvit_jax.data import decode as decoding
+from regvit_jax.data.decode import MAX_PIXELS, DecodeError, decode, decode_map
 from regvit_jax.data.transforms import (
-    DecodeError,
     EvalTransform,
     Preprocess,
     TrainTransform,
     center_crop,
-    decode,
-    decode_map,
     preprocess,
     random_crop_box,
     random_resized_crop,
+    resize,
     resize_short,
 )
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "torchvision_transforms.npz"
 
 
 def encoded(image, kind="PNG", **options):
@@ -34,6 +41,17 @@ def encoded(image, kind="PNG", **options):
 
 def noise(height, width, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+
+
+def png(width, height, bits, colour, rows):
+    """A PNG file written by hand: `colour` is 0 grey, 2 RGB, 4 grey and alpha, 6 RGBA; `rows` its samples."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
+    packed = zlib.compress(b"".join(b"\0" + bytes(row) for row in rows))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", packed) + chunk(b"IEND", b"")
 
 
 # Decoding
@@ -88,12 +106,132 @@ def test_a_transparent_palette_raises_no_warning():
         np.testing.assert_array_equal(decode(encoded(image, transparency=b"\x00\x40"))[0, 0], [10, 20, 30])
 
 
-def test_orientation_is_not_applied_and_the_first_frame_is_taken():
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    assert decode(encoded(Image.new("RGB", (8, 4)), "JPEG", exif=exif)).shape == (4, 8, 3)
-    frames = [Image.new("L", (2, 2), value) for value in (50, 200)]
-    assert decode(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]))[0, 0, 0] == 50
+def test_sixteen_bit_colour_keeps_its_high_byte_too():
+    # One pixel of 0x1234, 0xFF00, 0x00FF; then with alpha; grey with alpha; a grey file of Netpbm.
+    rgb = [0x12, 0x34, 0xFF, 0x00, 0x00, 0xFF]
+    assert decode(png(1, 1, 16, 2, [rgb])).tolist() == [[[0x12, 0xFF, 0x00]]]
+    assert decode(png(1, 1, 16, 6, [[*rgb, 0, 0]])).tolist() == [[[0x12, 0xFF, 0x00]]]
+    assert decode(png(1, 1, 16, 4, [[0x12, 0x34, 0, 0]])).tolist() == [[[0x12] * 3]]
+    assert decode(b"P5 1 1 65535\n" + bytes(rgb[:2])).tolist() == [[[0x12] * 3]]
+    # Where the file says what is white, that counts: of 65535 in colour, of 1000 in grey.
+    assert decode(b"P6 1 1 65535\n" + bytes(rgb)).tolist() == [[[0x12, 0xFE, 0x01]]]
+    assert decode(b"P5 2 1 1000\n" + struct.pack(">HH", 500, 1000))[..., 0].tolist() == [[128, 255]]
+    big_endian = Image.frombytes("I;16B", (1, 1), bytes(rgb[:2]))
+    assert decode(encoded(big_endian, "TIFF")).tolist() == [[[0x12] * 3]]
+
+
+def test_few_bits_are_spread_over_the_whole_range():
+    assert decode(png(4, 1, 2, 0, [[0b00_01_10_11]]))[0, :, 0].tolist() == [0, 85, 170, 255]
+    assert decode(png(3, 1, 1, 0, [[0b101_00000]]))[0, :, 0].tolist() == [255, 0, 255]
+
+
+@pytest.mark.parametrize(("mode", "value", "kind"), [("F", 0.5, "floating point"), ("I", 100, "32-bit integers")])
+def test_values_without_a_white_are_refused(mode, value, kind):
+    with pytest.raises(DecodeError, match=f"{kind}.*which one is white: save it with 8 or 16 bits"):
+        decode(encoded(Image.new(mode, (2, 2), value), "TIFF"))
+
+
+def test_cmyk_jpeg_is_read_with_the_polarity_of_adobe():
+    # A fifth of the light is left by cyan ink of 200 of 255; half of it by black of 128.
+    photo = encoded(Image.new("CMYK", (8, 8), (200, 0, 0, 128)), "JPEG", quality=100)
+    np.testing.assert_allclose(decode(photo)[4, 4], [55 * 127 / 255, 127, 127], atol=2)
+    # The same four numbers a pixel, declared as YCCK: luma 200 and no colour, which the file stores as 255 - ink, so
+    # ink is 200 in each of three; 255 stored is no black.
+    stored = Image.new("CMYK", (8, 8), (255 - 200, 255 - 128, 255 - 128, 255 - 255))
+    photo = bytearray(encoded(stored, "JPEG", quality=100))
+    transform = photo.index(b"Adobe") + 11
+    assert photo[transform] == 0
+    photo[transform] = 2
+    np.testing.assert_allclose(decode(bytes(photo))[4, 4], [55, 55, 55], atol=2)
+
+
+UPRIGHT = {
+    1: [[1, 2, 3], [4, 5, 6]],
+    2: [[3, 2, 1], [6, 5, 4]],
+    3: [[6, 5, 4], [3, 2, 1]],
+    4: [[4, 5, 6], [1, 2, 3]],
+    5: [[1, 4], [2, 5], [3, 6]],
+    6: [[4, 1], [5, 2], [6, 3]],
+    7: [[6, 3], [5, 2], [4, 1]],
+    8: [[3, 6], [2, 5], [1, 4]],
+}
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
+def test_photos_stand_upright(kind, tmp_path):
+    """What the EXIF standard says of rows and columns; squares of 16 pixels, so that JPEG keeps them apart."""
+    squares = np.kron(np.uint8([[1, 2, 3], [4, 5, 6]]) * 40, np.ones((16, 16), np.uint8))[..., None].repeat(3, axis=2)
+    options = {"JPEG": {"quality": 100}, "WEBP": {"lossless": True}}.get(kind, {})
+    for orientation, expected in UPRIGHT.items():
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        photo = encoded(Image.fromarray(squares), kind, exif=exif, **options)
+        (tmp_path / "photo").write_bytes(photo)
+        with Image.open(io.BytesIO(photo)) as opened:
+            for form in (photo, tmp_path / "photo", opened):
+                upright = decode(form)
+                np.testing.assert_array_equal(np.rint(upright[8::16, 8::16, 0] / 40), expected)
+                assert upright.shape == (16 * len(expected), 16 * len(expected[0]), 3)
+
+
+def test_broken_exif_says_nothing():
+    image = Image.fromarray(noise(4, 6))
+    for exif in (b"Exif\0\0garbage", b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x63\0\0\0\0\0\0"):
+        np.testing.assert_array_equal(decode(encoded(image, exif=exif)), noise(4, 6))
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "TIFF", "PNG"])
+def test_the_first_frame_is_taken(kind):
+    frames = [Image.new("RGB", (2, 2), (value,) * 3) for value in (51, 204)]
+    options = {"lossless": True} if kind == "WEBP" else {}
+    several = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)
+    assert decode(several).tolist() == [[[51] * 3] * 2] * 2
+
+
+def test_absurd_sizes_are_refused_before_they_are_allocated(monkeypatch):
+    side = math.isqrt(MAX_PIXELS)
+    for width, height in ((side, side + 1), (65000, 65000), (2**31 - 1, 1), (1, 2**30)):
+        with pytest.raises(DecodeError, match=f"bomb.png: .* says it has {width} x {height} pixels"):
+            decode(png(width, height, 8, 2, [[0] * 100]), name="bomb.png")
+        with pytest.raises(DecodeError, match="says it has"):
+            decode_map(png(width, height, 8, 0, [[0] * 100]))
+    with pytest.raises(DecodeError, match="not a readable image"):
+        decode(png(0, 5, 8, 2, [[]] * 5))
+    # Half of Pillow's own limit makes it warn, all of it raise; both are a global variable, which stays as it is.
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert decode(encoded(Image.fromarray(noise(9, 9)))).shape == (9, 9, 3)
+    assert Image.MAX_IMAGE_PIXELS == 10 and not ImageFile.LOAD_TRUNCATED_IMAGES
+
+
+def test_a_strip_that_a_resize_would_blow_up_is_refused(monkeypatch):
+    strip = noise(1, 65_000)
+    with pytest.raises(DecodeError, match="65000 x 1 pixels, its short side resized to 256, would have 256 x 16640000"):
+        resize_short(strip, 256)
+    for transform in (EvalTransform(Preprocess(224)), TrainTransform(224, "center")):
+        with pytest.raises(DecodeError, match="65000 x 1 pixels"):
+            transform({"image": strip}, np.random.default_rng(0))
+    assert TrainTransform(8)({"image": strip}, np.random.default_rng(0))["image"].shape == (8, 8, 3)
+
+
+def test_only_files_are_read(tmp_path, monkeypatch):
+    (tmp_path / "folder.jpg").mkdir()
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "endless.jpg").symlink_to("/dev/zero")
+    for name in ("folder", "pipe", "endless"):
+        for read in (decode, decode_map):
+            with pytest.raises(DecodeError, match=rf"{name}\.jpg: .*it is no file"):
+                read(tmp_path / f"{name}.jpg")
+    (tmp_path / "nowhere.jpg").symlink_to(tmp_path / "gone")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        decode(tmp_path / "nowhere.jpg")
+    monkeypatch.setattr(decoding, "MAX_BYTES", 10)
+    (tmp_path / "huge.png").write_bytes(encoded(Image.fromarray(noise(9, 9))))
+    with pytest.raises(DecodeError, match=r"huge\.png: .*more than 10"):
+        decode(tmp_path / "huge.png")
+    with pytest.raises(DecodeError, match="no known format"):
+        decode(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n")
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF", "GIF", "BMP"])
@@ -203,6 +341,56 @@ def test_a_crop_of_everything_is_a_resize():
     np.testing.assert_array_equal(cropped, Image.fromarray(image).resize((8, 8), Image.Resampling.BICUBIC))
 
 
+def test_pixels_and_boxes_are_those_of_torchvision():
+    """Recorded by tests/golden/torchvision_transforms.py. Exactly: both leave the pixels to Pillow, which rounds them
+    otherwise from one major version to the next; but for "nearest", where it shows which pixels were taken."""
+    golden = np.load(GOLDEN)
+    same_pillow = str(golden["pillow"]) == PIL.__version__
+    counts = dict.fromkeys(("resize", "centre", "crop"), 0)
+    for key in golden.files:
+        kind, *rest = key.split("/")
+        if kind not in counts or not (same_pillow or kind == "centre" or rest[-1] == "nearest"):
+            continue
+        image = golden[f"image/{rest[0]}"]
+        if kind == "resize":
+            ours = resize_short(image, int(rest[1]), rest[2])
+        elif kind == "centre":
+            ours = center_crop(image, int(rest[1]))
+        else:
+            top, left, height, width = map(int, rest[1].split(","))
+            ours = resize(image[top : top + height, left : left + width], int(rest[2]), int(rest[2]), rest[3])
+        np.testing.assert_array_equal(ours, golden[key], err_msg=key)
+        counts[kind] += 1
+    assert min(counts.values()) >= 7
+
+
+def test_random_boxes_are_those_of_torchvision_for_its_draws():
+    class Recorded:
+        """The draws of torchvision in their order; it draws an aspect ratio where `random_crop_box` draws its log."""
+
+        def __init__(self, draws, scale):
+            self.draws, self.scale = iter(draws), scale
+
+        def uniform(self, low, high):
+            value = next(self.draws)
+            return value if (low, high) == self.scale else math.log(value)
+
+        def integers(self, high):
+            value = int(next(self.draws))
+            assert 0 <= value < high
+            return value
+
+    golden = np.load(GOLDEN)
+    fallbacks = 0
+    for (height, width, *numbers), draws in zip(golden["boxes"].tolist(), golden["draws"], strict=True):
+        scale, ratio, box = tuple(numbers[:2]), tuple(numbers[2:4]), tuple(map(int, numbers[4:]))
+        used = draws[~np.isnan(draws)]
+        assert random_crop_box(int(height), int(width), Recorded(used, scale), scale, ratio) == box
+        fallbacks += len(used) == 20
+    # Both ways out of the ten tries were met.
+    assert 5 < fallbacks < 395
+
+
 # Preprocess and the sample transforms
 
 
@@ -293,8 +481,10 @@ def test_masks_and_depth_move_with_the_image(transform):
 
 
 def test_a_mask_of_another_size_is_refused():
-    sample = {"image": noise(8, 8), "mask": np.zeros((4, 4), np.uint8)}
-    with pytest.raises(ValueError, match=r"the mask has shape \(4, 4\), its image \(8, 8\)"):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    sample = {"image": encoded(Image.fromarray(noise(4, 8)), exif=exif), "mask": np.zeros((4, 8), np.uint8)}
+    with pytest.raises(ValueError, match=r"the mask has shape \(4, 8\), its image \(8, 4\).*EXIF orientation"):
         EvalTransform(Preprocess(8))(sample, None)
 
 

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from regvit_jax.data.decode import decode
 from regvit_jax.data.sources import open_source
-from regvit_jax.data.transforms import decode
 from regvit_jax.evals.accuracy import Accuracy
 
 

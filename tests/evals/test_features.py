@@ -1,6 +1,7 @@
 """Features: equal to calling the model, whatever the batch and the mesh; kept by what they depend on; refusals."""
 
 import dataclasses
+import json
 import logging
 
 import jax
@@ -8,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from regvit_jax import sharding
-from regvit_jax.data.sources import open_source
+from regvit_jax import evaluate, sharding
+from regvit_jax.data.sources import Source, open_source
 from regvit_jax.evals import features
+from regvit_jax.evals.accuracy import Accuracy
 from regvit_jax.evals.features import extract, labelled_pair, shared
 from regvit_jax.evals.knn import KNN
 from regvit_jax.models.model import intermediate
@@ -104,7 +106,8 @@ def test_what_features_depend_on_is_their_key(model, mesh, source, make_npz, mon
 
     def no_network(model, source, source_spec, outputs, *_):
         passes.append(source_spec)
-        return {name: np.zeros((len(source), 1), np.float32) for name in outputs}, np.zeros(len(source), np.int32)
+        n = len(source)
+        return {name: np.zeros((n, 1), np.float32) for name in outputs}, np.zeros(n, np.int32), np.arange(n)
 
     monkeypatch.setattr(features, "_compute", no_network)
     one_weight = jax.tree.map(lambda x: x, model.params)
@@ -151,6 +154,107 @@ def test_the_disk_cache_gives_the_same_numbers_and_survives_damage(model, mesh, 
         assert len(passes) == 1 and files[0].name in caplog.text
         np.testing.assert_array_equal(repaired.arrays["cls"], first.arrays["cls"])
         caplog.clear()
+
+
+class Broken(Source):
+    """An opened source of which some samples cannot be read, or only later."""
+
+    def __init__(self, source, bad):
+        self.source, self.bad = source, set(bad)
+        self.class_names, self.splits = source.class_names, source.splits
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, index):
+        return self.source[index] | ({"image": b"broken"} if index in self.bad else {})
+
+    def name(self, index):
+        return f"photo {index}"
+
+    @property
+    def fingerprint(self):
+        return self.source.fingerprint
+
+
+@pytest.fixture
+def broken(source, monkeypatch):
+    """broken(2, 5): from then on these samples of `source` cannot be read."""
+
+    def make(*bad):
+        opened = Broken(open_source(source), bad)
+        monkeypatch.setattr("regvit_jax.evals.feature_cache.open_source", lambda spec: opened)
+        return opened
+
+    return make
+
+
+@pytest.mark.parametrize("bad", [(2,), (0, 1, 2, 3, 9, 10)])
+def test_images_that_cannot_be_read_are_left_out(bad, model, mesh, mesh8, source, broken, caplog):
+    """One of 11, and a whole batch of 4 and the last rows: no row of theirs is among the features."""
+    whole = extract(model, source, batch_size=4, mesh=mesh)
+    broken(*bad)
+    good = np.setdiff1d(np.arange(11), bad)
+    for where in (mesh, mesh8):
+        rest = extract(model, source, batch_size=4, mesh=where, max_bad=0.6)
+        np.testing.assert_array_equal(rest.index, good)
+        np.testing.assert_array_equal(rest.labels, np.array(LABELS)[good])
+        np.testing.assert_allclose(rest.arrays["cls"], whole.arrays["cls"][good], rtol=1e-5, atol=1e-5)
+    assert f"{len(bad)} of 11 images cannot be read and are left out: photo {bad[0]}" in caplog.text
+    np.testing.assert_array_equal(rest.labelled().index, good)
+
+
+def test_too_many_unreadable_images_are_an_error(model, mesh, source, broken):
+    broken(2, 5)
+    with pytest.raises(ValueError, match=r"2 of the 11 images .*\(photo 2, photo 5\), more than max_bad=0.01"):
+        extract(model, source, batch_size=4, mesh=mesh)
+    assert len(extract(model, source, batch_size=4, mesh=mesh, max_bad=2 / 11).index) == 9
+    with pytest.raises(ValueError, match="KNN: max_bad must be a share, from 0 to 1"):
+        KNN(max_bad=1.5)
+
+
+def test_features_of_a_broken_set_are_not_kept_on_the_disk(model, mesh, source, broken, tmp_path):
+    options = dict(batch_size=4, mesh=mesh, cache_dir=str(tmp_path / "cache"), max_bad=0.5)
+    opened = broken(2)
+    assert len(extract(model, source, **options).index) == 10
+    assert not (tmp_path / "cache").exists()
+    opened.bad.clear()
+    assert len(extract(model, source, **options).index) == 11
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_two_passes_give_the_rows_that_both_could_read(model, mesh, source, broken):
+    options = dict(batch_size=4, mesh=mesh, max_bad=0.5)
+    opened = broken(2)
+    with shared():
+        first = extract(model, source, outputs=("cls",), **options)
+        opened.bad = {5}
+        both = extract(model, source, outputs=("cls", "block0/cls"), **options)
+    good = [0, 1, 3, 4, 6, 7, 8, 9, 10]
+    assert both.index.tolist() == good and both.labels.tolist() == [LABELS[i] for i in good]
+    np.testing.assert_array_equal(both.arrays["cls"], first.arrays["cls"][np.isin(first.index, good)])
+    assert both.joined(("cls", "block0/cls")).shape == (9, 64)
+
+
+def test_every_evaluator_counts_what_it_left_out(make_model, make_npz, mesh, source, broken, tmp_path):
+    """The two bad ones of 11 count neither as images nor as neighbours, and are told in results.json."""
+    model = make_model(num_classes=4)
+    options = {"accuracy": {"max_bad": 0.2}, "knn": {"max_bad": 0.2, "k": (1,)}, "maps": {"n": 2}}
+    built = evaluate.build(
+        {kind: {"type": kind, **given} for kind, given in options.items()}, data_train=source, data_eval=source
+    )
+    unlabelled = [-1 if i in (1, 2) else label for i, label in enumerate(LABELS)]
+    without = Accuracy(eval_data=f"npz:{make_npz('nine.npz', train=unlabelled)}").run(model, mesh=mesh, out_dir="")
+    broken(1, 2)
+    found = evaluate.run(built, model, mesh=mesh, workdir=tmp_path)
+    for kind, missed in (("accuracy", 2), ("knn", 2), ("maps", 1)):
+        record = json.loads((tmp_path / f"eval/{kind}/results.json").read_text())
+        assert [part["unreadable"] for part in record["data"].values()] == [missed] * len(built[kind].evaluator.NEEDS)
+    # Every image is its own nearest neighbour, so all of those that are judged are right.
+    assert found["knn/top1"] == 1.0
+    assert {f"accuracy/{name}": pytest.approx(value) for name, value in without.items()}.items() <= found.items()
+    with pytest.raises(ValueError, match="2 of the 11 images"):
+        dataclasses.replace(built["accuracy"].evaluator, max_bad=0.1).run(model, mesh=mesh, out_dir=tmp_path)
 
 
 def test_features_that_are_not_finite_are_refused(model, mesh, source):
