@@ -2,6 +2,10 @@
 
 regvit train --config=C --workdir=W …      python -m regvit_jax.main
 regvit eval --model=M --task=knn --data=S  measures a saved model or a workdir
+regvit convert SRC DST --to=huggingface    weights to and from PyTorch libraries
+regvit export MODEL DST                    a StableHLO program that runs without this package
+regvit data check SOURCE                   what is in a dataset, and what is wrong with it
+regvit data prepare SOURCE FOLDER          the same images, smaller, in shards that load fast
 regvit models                              names of architectures
 """
 
@@ -9,19 +13,23 @@ import argparse
 import json
 import logging
 import pathlib
+import shlex
 import sys
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one subcommand. Returns the exit code: 0 done, 2 refused."""
+    """Runs one subcommand. Returns the exit code: 0 done, 1 problems found or unfinished, 2 refused."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["train"]:
         return _train(argv[1:])
     args = _parser().parse_args(argv)
+    args.command = shlex.join(["regvit", *argv])
+    from regvit_jax import xla_flags
     from regvit_jax.main import set_up_logging
 
     set_up_logging()
     try:
+        xla_flags.append()
         return args.run(args)
     except (ValueError, FileNotFoundError) as error:
         logging.debug("refused", exc_info=True)
@@ -30,6 +38,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from regvit_jax.data import commands as data
+
     parser = argparse.ArgumentParser(prog="regvit", description="Vision Transformers with registers.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     commands.add_parser("train", help="train, evaluate, resume: the options of python -m regvit_jax.main")
@@ -37,6 +47,9 @@ def _parser() -> argparse.ArgumentParser:
     models = commands.add_parser("models", help="list the names of architectures")
     models.set_defaults(run=_models)
 
+    _add_convert(commands)
+    _add_export(commands)
+    data.add(commands)
     evaluate = commands.add_parser(
         "eval",
         help="measure a model",
@@ -67,6 +80,67 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_convert(commands) -> None:
+    convert = commands.add_parser(
+        "convert",
+        help="weights to and from PyTorch libraries",
+        description="Writes weights in another library's format into a folder, with a certificate of what was done.",
+        epilog="example: regvit convert dinov2_vits14_reg4_pretrain.pth out/ --to=huggingface",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    convert.add_argument("src", help="file, folder, workdir, or a name such as dinov2_vits14_reg4")
+    convert.add_argument("dst", help="folder to write; new, or of an earlier conversion of the same weights")
+    convert.add_argument("--to", required=True, help="regvit, dinov2, timm, huggingface, deit3 or dino")
+    convert.add_argument("--family", help="of SRC, where its keys cannot tell")
+    convert.add_argument("--format", choices=("safetensors", "pth", "npz"), help="default: what users of --to expect")
+    convert.add_argument("--container", help="which state dict of a training checkpoint, such as teacher")
+    convert.add_argument("--head", help="file of a one-layer linear classifier that belongs to SRC")
+    convert.add_argument("--registers", type=int, help="add so many fresh registers to weights that have none")
+    convert.add_argument("--image_size", type=int, help="resample positions to this native side in pixels")
+    convert.add_argument("--num_heads", type=int, help="of an unusual width, which keys do not tell")
+    convert.add_argument(
+        "--verify", choices=("torch",), help="also run the original in PyTorch and certify how far its outputs are"
+    )
+    convert.set_defaults(run=_convert)
+
+
+def _add_export(commands) -> None:
+    export = commands.add_parser(
+        "export",
+        help="a program that runs without this package",
+        description="Writes a model as a StableHLO program (jax.export) that JAX runs without this package, with a\n"
+        "manifest, DST.json, of inputs, outputs and preprocessing; prints code that uses it.",
+        epilog="example: regvit export runs/quickstart vit.stablehlo --what=classifier --input=uint8",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    export.add_argument("model", help="file, folder, workdir, or a name such as dinov2_vits14_reg4")
+    export.add_argument("dst", help="file to write, such as vit.stablehlo, or a folder for model.stablehlo")
+    export.add_argument("--format", default="stablehlo", choices=("stablehlo",))
+    export.add_argument(
+        "--what",
+        default="features",
+        choices=("features", "classifier"),
+        help="features (default): cls, registers, patches; classifier: logits",
+    )
+    export.add_argument("--platforms", default="cpu,cuda,tpu", help="of cpu, cuda, rocm, tpu (default: cpu,cuda,tpu)")
+    export.add_argument("--batch", default="symbolic", help="symbolic (any size), or the one size it takes")
+    export.add_argument("--image_size", help="side, or HEIGHT,WIDTH, in pixels; default: as the model preprocesses")
+    export.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    export.add_argument(
+        "--input", default="normalized", choices=("normalized", "uint8"), help="uint8: the program normalises"
+    )
+    export.add_argument(
+        "--weights",
+        default="auto",
+        choices=("auto", "inside", "beside"),
+        help="in the program, or in a file beside it (auto: inside up to 512 MiB)",
+    )
+    export.add_argument("--family", help="of MODEL, where its keys cannot tell")
+    export.add_argument("--head", help="file of a one-layer linear classifier that belongs to MODEL")
+    export.add_argument("--overwrite", action="store_true", help="also files that are not an earlier export")
+    export.set_defaults(run=_export)
+
+
 def _train(argv: list[str]) -> int:
     from absl import app
 
@@ -81,6 +155,51 @@ def _models(args: argparse.Namespace) -> int:
 
     print("\n".join(rv.list_models()))
     return 0
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from regvit_jax import hub
+    from regvit_jax.convert import certificate
+
+    names = ("family", "container", "head", "registers", "image_size", "num_heads")
+    options = {name: value for name in names if (value := getattr(args, name)) is not None}
+    made = hub.convert(args.src, args.dst, args.to, kind=args.format, with_torch=args.verify == "torch", **options)
+    print(certificate.table(made))
+    return 1 if made["verify"] and not made["verify"]["agrees"] else 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from regvit_jax import hub
+    from regvit_jax.convert import export, export_manifest
+
+    size = None if args.image_size is None else _integers("image_size", args.image_size, most=2)
+    batch = None if args.batch == "symbolic" else _integers("batch", args.batch, most=1)[0]
+    model = hub.load_model(args.model, family=args.family, head=args.head, dtype=args.dtype)
+    try:
+        said = export.export_model(
+            model,
+            args.dst,
+            args.format,
+            what=args.what,
+            platforms=tuple(args.platforms.split(",")),
+            batch=batch,
+            image_size=size if size is None or len(size) == 2 else size[0],
+            input=args.input,
+            weights=args.weights,
+            overwrite=args.overwrite,
+        )
+    except OSError as error:
+        raise ValueError(f"{error}") from error
+    place = pathlib.Path(args.dst)
+    print(export_manifest.table(said, place if place.is_dir() else place.parent), end="")
+    return 0
+
+
+def _integers(name: str, text: str, *, most: int) -> tuple[int, ...]:
+    parts = text.split(",")
+    if not all(part.isdecimal() for part in parts) or len(parts) > most:
+        raise ValueError(f"--{name} {text}: write {'a number' if most == 1 else 'one number, or two with a comma'}")
+    return tuple(int(part) for part in parts)
 
 
 def _eval(args: argparse.Namespace) -> int:

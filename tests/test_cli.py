@@ -5,6 +5,7 @@ import json
 import pathlib
 
 import pytest
+from PIL import Image
 
 import regvit_jax as rv
 from regvit_jax import cli
@@ -48,7 +49,7 @@ def test_eval_prints_a_table_and_writes_the_numbers(saved, tiny, tmp_path, capsy
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"--model": "/nowhere"}, "/nowhere holds no model"),
+        ({"--model": "/nowhere"}, "/nowhere does not exist"),
         ({"--task": "knnn"}, "unknown evaluator 'knnn'"),
         ({"--data": "photos"}, "names no data source"),
         ({"--set": "k"}, "--set k: write KEY=VALUE"),
@@ -74,3 +75,54 @@ def test_models_are_listed(capsys, monkeypatch):
     monkeypatch.setattr("regvit_jax.main.set_up_logging", lambda: None)
     assert cli.main(["models"]) == 0
     assert capsys.readouterr().out.split() == rv.list_models()
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Two classes of three grey pictures."""
+    for number in range(6):
+        path = tmp_path / "photos" / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 30), (20 * number,) * 3).save(path)
+    return tmp_path / "photos"
+
+
+def test_data_check_prints_a_report_and_its_exit_code_tells(photos, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("regvit_jax.main.set_up_logging", lambda: None)
+    command = [
+        "data",
+        "check",
+        f"folder:{photos}",
+        f"--picture={tmp_path}/sheet.png",
+        f"--json={tmp_path}/new/found.json",
+    ]
+    assert cli.main(command) == 0
+    assert "6 images, 2 classes, 3 each" in capsys.readouterr().out
+    assert Image.open(tmp_path / "sheet.png").width > 1000
+    (photos / "a" / "0.png").write_bytes(b"")
+    assert cli.main(command) == 1
+    assert "a/0.png" in capsys.readouterr().out
+    assert json.loads((tmp_path / "new" / "found.json").read_text())["splits"][""]["unreadable"][0][0] == "a/0.png"
+    assert cli.main(["data", "check", "folder:/nowhere"]) == 2
+    assert cli.main(["data", "check", f"folder:{photos}", "--sample=0"]) == 2
+
+
+def test_data_prepare_says_how_to_train_on_what_it_wrote(photos, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("regvit_jax.main.set_up_logging", lambda: None)
+    command = ["data", "prepare", f"folder:{photos}", f"{tmp_path}/made", "--size=20", "--workers=0"]
+    (photos / "a" / "0.png").write_bytes(b"")
+    assert cli.main(command) == 1
+    assert "unfinished: 1 of 6 images cannot be read so far" in capsys.readouterr().err
+    assert cli.main([*command, "--max_bad=0.5"]) == 0
+    out = capsys.readouterr().out
+    assert "train 5 images" in out and "left out: train: a/0.png" in out
+    assert f"--config.data.train=tfds:@{tmp_path}/made#train" in out
+    assert cli.main([*command, "--size=30"]) == 2
+    assert "holds another dataset" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [[], ["check"], ["prepare"]])
+def test_data_help_teaches(command, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["data", *command, "--help"])
+    assert "folder:" in capsys.readouterr().out

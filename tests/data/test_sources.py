@@ -308,3 +308,19 @@ def test_an_archive_that_does_not_fit_together_is_refused(tmp_path):
     path.write_text("text")
     with pytest.raises(ValueError, match="no npz archive"):
         open_source(f"npz:{path}")
+
+
+# Labels of all samples, without reading them
+
+
+def test_labels_are_those_of_the_samples(tmp_path):
+    for i in range(30):
+        write_image(tmp_path / "photos" / "abc"[i % 3] / f"{i}.png")
+    write_npz(tmp_path / "a.npz", train=[0, 1, 2, 1])
+    np.savez(tmp_path / "b.npz", all_jpeg=np.zeros(5, np.uint8), all_offsets=[0, 2, 5])
+    photos = f"folder:{tmp_path / 'photos'}"
+    for text in (photos, f"{photos}#[20%:70%]", *holdout(photos), f"npz:{tmp_path}/a.npz", f"npz:{tmp_path}/b.npz"):
+        source = open_source(text)
+        assert source.labels.tolist() == [source[i]["label"] for i in range(len(source))], text
+    assert open_source("scenes:?size=8&n=2&n_test=1").labels is None
+    assert open_source("scenes:?size=8&n=2&n_test=1#train[1:]").labels is None

@@ -1,10 +1,10 @@
 """Sources: datasets named by one string, `kind:path?option=value&…#split[start:stop]`.
 
-    folder:/photos        npz:cifar10.npz#test        folder:/imagenet#train[:80%]
-    scenes:?count=1000#train[100:200]
+    folder:/photos        npz:cifar10.npz#test        imagenet:/data/imagenet#train[:80%]
+    scenes:?n=1000#train[100:200]                     tfds:imagenet2012@/data/tfds#validation
 
-`kind` is a line of `SOURCES`; its module has `open(path, options, split) -> Source`. A new dataset is one such module
-and one such line. Slices count samples or percent, also from the end, in the order of the split.
+`kind` is a line of `SOURCES`; its module has `open(path, options, split) -> Source`: a new dataset is one of each.
+Slices count samples or percent, also from the end, in the order of the split.
 """
 
 import dataclasses
@@ -13,12 +13,17 @@ import importlib
 import re
 from typing import Any
 
+import numpy as np
+
 from regvit_jax.data.order import Order
 
 SOURCES = {
     "folder": "regvit_jax.data.sources.folder",
+    "imagenet": "regvit_jax.data.sources.imagenet",
+    "imagenet22k": "regvit_jax.data.sources.imagenet22k",
     "npz": "regvit_jax.data.sources.npz",
     "scenes": "regvit_jax.data.sources.scenes",
+    "tfds": "regvit_jax.data.sources.tfds",
 }
 
 # The split to evaluate on when several exist: validation splits first, `test` is for the end of a project.
@@ -36,12 +41,13 @@ class Source:
 
     Attributes:
       class_names: one name a class, in label order; empty where there are no labels.
-      splits: the names that `#split` may take, the one that is meant without it first; empty where the dataset has no
-      splits.
+      splits: the names that `#split` may take, the one meant without it first; empty where there are none.
+      faults: what opening it found wrong with it, such as a torn archive; `regvit data check` reports it.
     """
 
     class_names: tuple[str, ...] = ()
     splits: tuple[str, ...] = ()
+    faults: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -60,6 +66,11 @@ class Source:
     def num_classes(self) -> int:
         """Number of classes, 0 where there are no labels."""
         return len(self.class_names)
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """(n,) integers, the label of every sample, -1 where it has none; None where only reading all would tell."""
+        return None
 
     @property
     def fingerprint(self) -> str:
@@ -208,6 +219,18 @@ class Subset(Source):
     @property
     def splits(self):
         return self.source.splits
+
+    @property
+    def faults(self):
+        return self.source.faults
+
+    @property
+    def labels(self):
+        labels = self.source.labels
+        if labels is None:
+            return None
+        indices = np.arange(self.start, self.stop)
+        return labels[indices if self.order is None else self.order.index(indices)]
 
     @property
     def fingerprint(self):

@@ -39,7 +39,7 @@ def open(path: str, options: dict[str, str], split: str | None) -> "Folder":
     if not path or not os.path.isdir(root):
         kind = "is a file, not a folder" if os.path.isfile(root) else "does not exist"
         raise FileNotFoundError(f"folder:{path}: {root} {kind}")
-    folders, loose, _ = _visible(root)
+    folders, loose, _ = visible(root)
     splits = _splits(folders, loose)
     if not splits:
         if split is not None:
@@ -55,8 +55,8 @@ def open(path: str, options: dict[str, str], split: str | None) -> "Folder":
         raise ValueError(f"folder:{path} has no split {split!r}: it has {', '.join(splits)}")
     # The classes of every split are those of the first, so that a class without validation images shifts no label.
     reference = os.path.join(root, splits[0])
-    classes = _class_names(reference, *_visible(reference)[:2])
-    folder, loose = _visible(os.path.join(root, split))[:2]
+    classes = _class_names(reference, *visible(reference)[:2])
+    folder, loose = visible(os.path.join(root, split))[:2]
     if loose or not folder:
         classes = ()
     return Folder(os.path.join(root, split), splits, split, classes)
@@ -67,8 +67,9 @@ class Folder(Source):
 
     def __init__(self, root: str, splits: tuple[str, ...], split: str | None, class_names: tuple[str, ...]):
         self.root, self.splits, self.split, self.class_names = root, splits, split, class_names
+        self._folders = class_names
         if not _has_image(root):
-            folders, _, others = _visible(root)
+            folders, _, others = visible(root)
             raise FileNotFoundError(
                 f"no image below {root}: it holds {_found(folders, others)}. Expected files ending in "
                 f"{' '.join(sorted(EXTENSIONS))}, in class folders ({root}/cat/1.jpg) or not ({root}/1.jpg)"
@@ -80,20 +81,19 @@ class Folder(Source):
         names, skipped = _listing(self.root)
         if skipped:
             _log.info("%s: %d files that are not images are left out", self.root, skipped)
-        if self.class_names:
-            names.sort(key=_scatter)
-            number = {name: label for label, name in enumerate(self.class_names)}
+        if self._folders:
+            names.sort(key=scattered)
+            number = {name: label for label, name in enumerate(self._folders)}
             unknown = sorted({name.partition("/")[0] for name in names} - number.keys())
             if unknown:
                 raise ValueError(
-                    f"{self.root} has folders that are no class of the split {self.splits[0]!r}: {_few(unknown)}"
+                    f"{self.root} has folders that are no class of the split {self.splits[0]!r}: {few(unknown)}"
                 )
             labels = np.array([number[name.partition("/")[0]] for name in names], np.int32)
         else:
             names.sort()
             labels = np.full(len(names), -1, np.int32)
-        encoded = [os.fsencode(name) for name in names]
-        return b"".join(encoded), np.cumsum([len(name) for name in encoded]), labels
+        return packed(names, labels)
 
     def __len__(self):
         return len(self._files[1])
@@ -109,28 +109,42 @@ class Folder(Source):
         index %= len(ends)
         return os.fsdecode(joined[ends[index - 1] if index else 0 : ends[index]])
 
+    @property
+    def labels(self):
+        return self._files[2]
+
     @functools.cached_property
     def fingerprint(self):
         """Of names, sizes and order, not of the place: a copy has the same one. Asks for the size of every file."""
+        return self._digest().hexdigest()
+
+    def _digest(self):
         digest = hashlib.blake2b(digest_size=16)
         for index in range(len(self)):
             name = self.name(index)
             digest.update(
                 f"{name}\0{os.path.getsize(os.path.join(self.root, name))}\0".encode("utf-8", "surrogateescape")
             )
-        return digest.hexdigest()
+        return digest
 
 
-def _scatter(name):
+def packed(names: list[str], labels: np.ndarray) -> tuple[bytes, np.ndarray, np.ndarray]:
+    """What `Folder._files` is, of the names and labels in their final order."""
+    encoded = [os.fsencode(name) for name in names]
+    return b"".join(encoded), np.cumsum([len(name) for name in encoded]), labels
+
+
+def scattered(name: str) -> bytes:
     """A sort key that looks random and depends on the name only: a new file moves no other."""
     return hashlib.blake2b(os.fsencode(name), digest_size=8).digest()
 
 
-def _is_image(name):
+def is_image(name: str) -> bool:
+    """Whether the name ends as an image file's does."""
     return os.path.splitext(name)[1].lower() in EXTENSIONS
 
 
-def _visible(folder):
+def visible(folder: str) -> tuple[list[str], list[str], list[str]]:
     """(sub-folders, images, other files) of `folder`, sorted names, without hidden ones."""
     folders, images, others = [], [], []
     with os.scandir(folder) as entries:
@@ -140,7 +154,7 @@ def _visible(folder):
             if entry.is_dir():
                 folders.append(entry.name)
             else:
-                (images if _is_image(entry.name) else others).append(entry.name)
+                (images if is_image(entry.name) else others).append(entry.name)
     return sorted(folders), sorted(images), sorted(others)
 
 
@@ -154,7 +168,7 @@ def _walk(root):
         itself = (status.st_dev, status.st_ino)
         if itself in above:
             continue
-        folders, images, others = _visible(folder)
+        folders, images, others = visible(folder)
         yield relative, images, others
         stack.extend((os.path.join(relative, name), above | {itself}) for name in reversed(folders))
 
@@ -183,7 +197,7 @@ def _has_image(root):
                     continue
                 if entry.is_dir():
                     stack.append(entry.path)
-                elif _is_image(entry.name):
+                elif is_image(entry.name):
                     return True
     return False
 
@@ -209,11 +223,10 @@ def _class_names(root, folders, loose):
 
 
 def _found(folders, files):
-    parts = [
-        f"{len(names)} {kind} ({_few(names)})" for kind, names in (("folders", folders), ("files", files)) if names
-    ]
+    parts = [f"{len(names)} {kind} ({few(names)})" for kind, names in (("folders", folders), ("files", files)) if names]
     return " and ".join(parts) if parts else "nothing"
 
 
-def _few(names, limit=5):
+def few(names: list[str], limit: int = 5) -> str:
+    """The first names, for a message."""
     return ", ".join(names[:limit]) + (", …" if len(names) > limit else "")

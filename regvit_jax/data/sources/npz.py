@@ -94,6 +94,11 @@ class Npz(Source):
         return f"{os.path.basename(self.path)}#{self.split}[{index}]"
 
     @property
+    def labels(self):
+        labels = _index(self.path, self.split, self._stamp)[1]
+        return np.full(len(self), -1) if labels is None else labels.astype(np.int32)
+
+    @property
     def fingerprint(self):
         return self._fingerprint
 
