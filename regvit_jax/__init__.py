@@ -12,11 +12,13 @@ _HOME = {
     "Tokens": "regvit_jax.models.vit",
     "ViTConfig": "regvit_jax.models.config",
     "create_model": "regvit_jax.models.zoo",
+    "export_model": "regvit_jax.convert.export",
     "from_torch": "regvit_jax.hub",
     "intermediate": "regvit_jax.models.model",
     "list_models": "regvit_jax.models.zoo",
     "load_model": "regvit_jax.hub",
     "save_model": "regvit_jax.hub",
+    "to_torch": "regvit_jax.hub",
 }
 
 __all__ = sorted(_HOME)

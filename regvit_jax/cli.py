@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         xla_flags.append()
         return args.run(args)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         logging.debug("refused", exc_info=True)
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,18 +1,23 @@
-"""Models in and out: our own folders, training workdirs, and state dicts of PyTorch libraries."""
+"""Models in and out: our own folders, training workdirs, weights of PyTorch libraries by file, folder or name."""
 
 import dataclasses
+import difflib
 import json
+import logging
 import os
 import pathlib
 from collections.abc import Mapping
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import load_file, save_file
 
 from regvit_jax import checkpoint
-from regvit_jax.convert import FAMILIES, family_of
+from regvit_jax.convert import FAMILIES, certificate, family_of, files, folder, graft, heads, released, verify
+from regvit_jax.convert.detect import detect
+from regvit_jax.convert.folder import Written
+from regvit_jax.convert.origin import Origin
+from regvit_jax.convert.table import Reading
 from regvit_jax.data.transforms import Preprocess
 from regvit_jax.models.config import Execution, ViTConfig
 from regvit_jax.models.model import Model, abstract_params
@@ -22,65 +27,81 @@ FORMAT = 1
 WEIGHTS, CONFIG = "params.safetensors", "model.json"
 
 
-def save_model(model: Model, path: str | os.PathLike, format: str = "regvit") -> None:
-    """Writes a model to a folder: `model.json` (architecture, preprocessing) and `params.safetensors` (our names,
-    exact).
+def save_model(model: Model, path: str | os.PathLike, format: str = "regvit", *, kind: str | None = None) -> None:
+    """Writes a model for ourselves or for another library.
+
+    Our own format is a folder of `model.json` (architecture, preprocessing) and `params.safetensors` (our names). Other
+    formats get a sidecar beside the weights: what they cannot hold, so that `load_model` gives the same model to the
+    last bit. Hugging Face and timm get the folder that they load, the others a weights file.
 
     Args:
       model: any Model.
-      path: the folder; made if absent, its two files replaced.
-      format: "regvit", our own.
+      path: a folder, made if absent, its files of these names replaced; for other libraries also a file that ends in
+        .pth, .safetensors or .npz.
+      format: "regvit" or one of `regvit_jax.convert.FAMILIES`.
+      kind: "safetensors", "pth" or "npz" for the weights file in a folder; None: what the library's users expect.
 
     Raises:
-      ValueError: for another format.
+      ValueError: for an unknown format, or one that cannot hold this model (says why).
     """
-    if format != "regvit":
-        raise ValueError(f"format {format!r} cannot be written; known: 'regvit'")
-    folder = pathlib.Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: np.asarray(leaf) for name, leaf in named(model.params).items()}, folder / f".{WEIGHTS}")
-    os.replace(folder / f".{WEIGHTS}", folder / WEIGHTS)
-    (folder / CONFIG).write_text(json.dumps({"format": FORMAT} | describe(model), indent=2) + "\n")
+    if format == "regvit":
+        _write_own(model, pathlib.Path(path))
+    elif format in FAMILIES:
+        _write_foreign(model, pathlib.Path(path), format, kind)
+    else:
+        raise ValueError(f"format {format!r} cannot be written; known: 'regvit', {', '.join(map(repr, FAMILIES))}")
 
 
 def load_model(
-    path: str | os.PathLike, *, image_size: int | tuple[int, int] | None = None, dtype: str = "float32"
+    path: str | os.PathLike,
+    *,
+    family: str | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    registers: int | None = None,
+    head: str | os.PathLike | None = None,
+    container: str | None = None,
+    dtype: str = "float32",
+    **config: Any,
 ) -> Model:
-    """A model from a folder of `save_model` or a training workdir (its latest checkpoint).
+    """A model from a file, a folder, a training workdir or a released name.
 
     Args:
-      path: the folder.
-      image_size: what `preprocess` shall make of images (crop ratio kept); the network itself takes any multiple of its
-        patch.
+      path: a folder of `save_model`, a training workdir (its latest checkpoint), a folder of Hugging Face or timm, a
+        .pth, .pt, .bin, .safetensors or .npz file, or a name such as "dinov2_vits14_reg4" (from the cache, else
+        downloaded).
+      family: one of `regvit_jax.convert.FAMILIES`, where files and keys cannot tell.
+      image_size: side or (height, width) in pixels that shall be native: positions are resampled to it once, by the
+        family's own rule, and `preprocess` crops to it. The network takes any other multiple of its patch too. Where
+        position rows do not tell their native grid, it is this one.
+      registers: adds so many freshly initialised registers to weights that have none (logged; they want training).
+      head: file (or released name) of Meta's one-layer linear classifier for these weights.
+      container: which of several state dicts in a checkpoint ("teacher").
       dtype: of the computation, "float32" or "bfloat16".
+      **config: fields of ViTConfig that the weights cannot tell: num_heads of an unusual width, resampler.
 
     Raises:
       FileNotFoundError: if the path holds no model; says what was looked for.
-      ValueError: if parameters do not fit the architecture in the file.
+      ValueError: if the weights do not fit, or more than one family explains them; says what is wrong.
     """
-    folder = pathlib.Path(path)
-    if (folder / CONFIG).is_file():
-        description = json.loads((folder / CONFIG).read_text())
-        if description["format"] != FORMAT:
-            raise ValueError(f"{folder / CONFIG} has format {description['format']}; this version reads {FORMAT}")
-        flat = load_file(folder / WEIGHTS)
-    elif (folder / "checkpoints").is_dir():
-        description, flat = _from_workdir(folder)
-    else:
-        raise FileNotFoundError(
-            f"{folder} holds no model: expected {CONFIG} and {WEIGHTS} (rv.save_model), or a training workdir with "
-            "checkpoints/"
-        )
-    model = restore(description, flat, where=str(folder), dtype=dtype)
-    if image_size is None:
-        return model
-    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-    model.config.grid_of(size)
-    return dataclasses.replace(model, preprocessing=dataclasses.replace(model.preprocessing, size=min(size)))
+    model = _open(path, family, container, image_size, dtype, config)
+    notes: list[str] = []
+    if head is not None:
+        file = released.fetch(str(head)) if str(head) in released.RELEASED else pathlib.Path(head)
+        model = heads.attach(model, heads.read(files.read(file).state))
+        notes.append(f"the linear classifier {file.name} was attached")
+    if registers is not None:
+        model, added = graft.add_registers(model, registers)
+        notes += added
+    if image_size is not None:
+        model, resized = graft.resize(model, image_size)
+        notes += resized
+    for note in notes:
+        logging.info("%s: %s", path, note)
+    return model if model.origin is None else dataclasses.replace(model, origin=model.origin.noted(*notes))
 
 
 def from_torch(
-    state: Mapping[str, np.ndarray], family: str | None = None, *, dtype: str = "float32", **config
+    state: Mapping[str, np.ndarray], family: str | None = None, *, dtype: str = "float32", **config: Any
 ) -> Model:
     """A model from a PyTorch state dict of NumPy arrays.
 
@@ -88,14 +109,98 @@ def from_torch(
       state: {name: array} under the names of its library, torch shapes.
       family: one of `regvit_jax.convert.FAMILIES`; None: the one family whose table accounts for every key.
       dtype: of the computation.
-      **config: fields of ViTConfig that a state dict cannot tell: num_heads of an unusual width, resampler, norm_eps.
+      **config: fields of ViTConfig that a state dict cannot tell: num_heads of an unusual width, image_size of a native
+        grid that is no square, resampler, norm_eps.
 
     Raises:
       ValueError: if no family or more than one explains the keys (lists the candidates), a key is left over, a
         parameter not filled, or a shape wrong.
     """
-    vit, params, preprocessing = family_of(family or _detect(state)).read(state, **config)
-    return Model(jax.tree.map(jnp.asarray, params), vit, Execution(dtype=dtype), preprocessing)
+    state = {key: np.asarray(array) for key, array in state.items()}
+    name, why = (family, "it was given") if family else detect(state, given=config)
+    return _model(family_of(name).read(state, why=why, **config), dtype)
+
+
+def to_torch(model: Model, family: str | None = None) -> dict[str, np.ndarray]:
+    """The state dict of a model under the names of a PyTorch library: contiguous arrays, torch shapes.
+
+    Weights that came from that family get back their own names (prefixes, chunks) and number formats. What the family
+    has no place for is folded where the tokens stay the same, left out if it is a head, else refused.
+
+    Args:
+      model: any Model.
+      family: one of `regvit_jax.convert.FAMILIES`; None: the one the weights came from.
+
+    Raises:
+      ValueError: if the family cannot hold the model, or none is given and none is known.
+    """
+    if family is None and model.origin is None:
+        raise ValueError(f"this model did not come from another library: pass family=, one of {', '.join(FAMILIES)}")
+    ours = family_of(family or model.origin.family)
+    fitted = ours.fitted(model.config, _arrays(model))
+    for note in fitted.notes:
+        logging.info("as %s: %s", ours.name, note)
+    return ours.write(fitted, model.origin)
+
+
+def convert(
+    src: str | os.PathLike,
+    dst: str | os.PathLike,
+    to: str,
+    *,
+    kind: str | None = None,
+    with_torch: bool = False,
+    **options: Any,
+) -> dict[str, Any]:
+    """Converts weights into a folder, proves it, and leaves certificate.json there; the body of `regvit convert`.
+
+    Args:
+      src: whatever `load_model` takes.
+      dst: the folder; new, empty, or of an earlier conversion of the same weights to the same format.
+      to: "regvit" or one of `regvit_jax.convert.FAMILIES`.
+      kind: as in `save_model`.
+      with_torch: also runs the original in PyTorch, in a process of its own, and puts the differences into the
+        certificate.
+      **options: of `load_model`: family, registers, image_size, head, num_heads, …
+
+    Returns:
+      The certificate; `regvit_jax.convert.certificate.table` prints it.
+
+    Raises:
+      ValueError: if `dst` holds something else, PyTorch was asked for and is not there (then nothing is written), or as
+        `load_model` and `save_model` do.
+    """
+    target = pathlib.Path(dst)
+    if to not in ("regvit", *FAMILIES):
+        raise ValueError(f"format {to!r} cannot be written; known: 'regvit', {', '.join(map(repr, FAMILIES))}")
+    if with_torch:
+        verify.require()
+    model = load_model(src, **options)
+    verified = _verified(src, model, options) if with_torch else None
+    source = dict(model.origin.source) if model.origin else _own_source(pathlib.Path(src), model)
+    certificate.make_room(target, source, to)
+    written = _write_foreign(model, target, to, kind) if to != "regvit" else None
+    paths = written.paths if written else _write_own(model, target)
+    said = certificate.make(
+        model,
+        source=source,
+        target=to,
+        written=written,
+        files={path.name: files.sha256_of(path) for path in paths},
+    )
+    said["read_back"] = _read_back(model, target)
+    said["verify"] = verified
+    if written is not None and (written.kept_aside or written.fitted.resampler):
+        bare = family_of(to).read(
+            files.read(written.weights).state,
+            num_heads=model.config.num_heads,
+            image_size=model.config.image_size,
+            norm_eps=model.config.norm_eps,
+            activation=model.config.activation,
+        )
+        said["without_sidecar"] = certificate.difference(model, _model(bare, model.run.dtype))
+    (target / certificate.NAME).write_text(json.dumps(said, indent=2) + "\n")
+    return said
 
 
 def describe(model: Model) -> dict:
@@ -137,29 +242,114 @@ def locate(model: Model) -> dict:
     return describe(model) | {"item": item, "prefix": prefix}
 
 
-def _from_workdir(folder: pathlib.Path) -> tuple[dict, dict[str, np.ndarray]]:
-    """Description and arrays of the model in a workdir's latest checkpoint."""
-    with checkpoint.Checkpoints(folder, create=False) as checkpoints:
-        description = checkpoints.meta()["model"]
-        arrays = named(checkpoints.restore_item(description["item"]))
+def _open(
+    path: str | os.PathLike,
+    family: str | None,
+    container: str | None,
+    image_size: int | tuple[int, int] | None,
+    dtype: str,
+    config: dict[str, Any],
+) -> Model:
+    place = pathlib.Path(path)
+    if (place / CONFIG).is_file() or (place / "checkpoints").is_dir():
+        if family is not None or container is not None or config:
+            given = [name for name, value in (("family", family), ("container", container)) if value is not None]
+            raise ValueError(f"{place} says itself what it is: leave out {', '.join([*given, *config])}")
+        return _read_own(place, dtype) if (place / CONFIG).is_file() else _from_workdir(place, dtype)
+    if not place.exists() and str(path) in released.RELEASED:
+        # Of what its authors released the family is known, where keys alone would not tell it.
+        family = family or released.RELEASED[str(path)].family
+        if family == "linear_head":
+            raise ValueError(f"{path} is a classifier without its network: load_model(network, head={str(path)!r})")
+        place = released.fetch(str(path))
+    elif not place.exists():
+        near = difflib.get_close_matches(str(path), released.RELEASED, n=3, cutoff=0.6)
+        raise FileNotFoundError(
+            f"{path} does not exist, and no weights were released under that name"
+            + (f"; nearest: {', '.join(near)}" if near else "")
+        )
+    try:
+        return _model(folder.read(place, family, container, image_size, **config), dtype)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{place} holds no model: expected {CONFIG} and {WEIGHTS} (rv.save_model), a training workdir with "
+            f"checkpoints/, or weights of another library: {error}"
+        ) from error
+
+
+def _model(reading: Reading, dtype: str) -> Model:
+    flat = reading.flat
+    # One array at a time: the NumPy copy goes when its JAX array is there.
+    params = unname({name: jnp.asarray(flat.pop(name)) for name in list(flat)})
+    return Model(params, reading.config, Execution(dtype=dtype), reading.preprocessing, reading.origin)
+
+
+def _arrays(model: Model) -> dict[str, np.ndarray]:
+    return {name: np.asarray(leaf) for name, leaf in named(model.params).items()}
+
+
+def _write_own(model: Model, target: pathlib.Path) -> tuple[pathlib.Path, ...]:
+    target.mkdir(parents=True, exist_ok=True)
+    files.write_safetensors(target / WEIGHTS, _arrays(model))
+    origin = {"origin": model.origin.to_json()} if model.origin else {}
+    (target / CONFIG).write_text(json.dumps({"format": FORMAT} | describe(model) | origin, indent=2) + "\n")
+    return target / WEIGHTS, target / CONFIG
+
+
+def _read_own(place: pathlib.Path, dtype: str) -> Model:
+    description = json.loads((place / CONFIG).read_text())
+    if description["format"] != FORMAT:
+        raise ValueError(f"{place / CONFIG} has format {description['format']}; this version reads {FORMAT}")
+    model = restore(description, files.read(place / WEIGHTS).state, where=str(place), dtype=dtype)
+    if "origin" not in description:
+        return model
+    return dataclasses.replace(model, origin=Origin.from_json(description["origin"]))
+
+
+def _write_foreign(model: Model, path: pathlib.Path, family: str, kind: str | None) -> Written:
+    flat = _arrays(model)
+    return folder.write(path, family, model.config, flat, model.preprocessing, model.origin, kind)
+
+
+def _from_workdir(place: pathlib.Path, dtype: str) -> Model:
+    """The model in a workdir's latest checkpoint."""
+    with checkpoint.Checkpoints(place, create=False) as checkpoints:
+
+        def read(step):
+            description = checkpoints.meta(step)["model"]
+            return description, named(checkpoints.restore_item(description["item"], step))
+
+        description, arrays = checkpoints.newest(read)
     prefix = description["prefix"]
-    return description, {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+    flat = {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+    return restore(description, flat, where=str(place), dtype=dtype)
 
 
-def _detect(state: Mapping[str, np.ndarray]) -> str:
-    """The one family whose table accounts for every key.
+def _own_source(place: pathlib.Path, model: Model) -> dict[str, str]:
+    """Name and hash of what had no weights file of another library: of its parameters, wherever they lay."""
+    container = "regvit" if (place / CONFIG).is_file() else "workdir"
+    return {"name": place.name, "sha256": certificate.fingerprint(_arrays(model)), "container": container}
 
-    Raises:
-      ValueError: if it is none, or more than one.
-    """
-    leftover = {name: family_of(name).unexplained(state) for name in FAMILIES}
-    candidates = [name for name, keys in leftover.items() if not keys]
-    if len(candidates) == 1:
-        return candidates[0]
-    if candidates:
-        raise ValueError(f"these keys fit several families ({', '.join(candidates)}): pass family=")
-    nearest = min(leftover, key=lambda name: len(leftover[name]))
-    raise ValueError(
-        f"these keys fit none of the families {', '.join(FAMILIES)}; nearest is {nearest}, which does not know "
-        f"{', '.join(leftover[nearest][:6])}"
-    )
+
+def _verified(src: str | os.PathLike, model: Model, options: dict[str, Any]) -> dict[str, Any]:
+    """The original beside the model as it was read: before anything was added to it or resampled."""
+    place = pathlib.Path(src) if pathlib.Path(src).exists() else released.fetch(str(src))
+    if model.origin is None or (place / CONFIG).is_file():
+        raise ValueError(f"--verify=torch: {src} is in our own format, there is no original of it to run")
+    asked = {"container": None, "image_size": None} | options
+    if asked.keys() & {"registers", "head"} or asked["image_size"] is not None:
+        taken = ("family", "container", "image_size", "registers", "head", "dtype")
+        config = {name: value for name, value in options.items() if name not in taken}
+        model = _open(place, model.origin.family, asked["container"], asked["image_size"], "float32", config)
+    return verify.against_torch(model, place)
+
+
+def _read_back(model: Model, target: pathlib.Path) -> str:
+    """ "exact", once the written folder has given the same model to the last bit."""
+    again = load_model(target, dtype=model.run.dtype)
+    ours, theirs = _arrays(model), _arrays(again)
+    same = ours.keys() == theirs.keys() and (model.config, model.preprocessing) == (again.config, again.preprocessing)
+    changed = [n for n in ours if same and (ours[n].dtype, ours[n].tobytes()) != (theirs[n].dtype, theirs[n].tobytes())]
+    if not same or changed:
+        raise RuntimeError(f"{target} does not read back as it was written: {changed[:4] or 'another architecture'}")
+    return "exact"

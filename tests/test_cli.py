@@ -126,3 +126,12 @@ def test_data_help_teaches(command, capsys):
     with pytest.raises(SystemExit):
         cli.main(["data", *command, "--help"])
     assert "folder:" in capsys.readouterr().out
+
+
+def test_what_the_system_refuses_is_one_line(monkeypatch, capsys):
+    def refuse(*args, **options):
+        raise PermissionError(13, "Permission denied", "a.pth")
+
+    monkeypatch.setattr("regvit_jax.hub.convert", refuse)
+    assert cli.main(["convert", "a.pth", "out", "--to=timm"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "error: [Errno 13] Permission denied: 'a.pth'"

@@ -71,12 +71,29 @@ def test_bfloat16_weights_stay_bfloat16(model, tmp_path):
     assert_same(rv.load_model(tmp_path, dtype="bfloat16"), half)
 
 
-def test_image_size_changes_preprocessing_only(model, tmp_path):
+def test_image_size_makes_another_size_native(model, tmp_path):
     rv.save_model(model, tmp_path)
     loaded = rv.load_model(tmp_path, image_size=32)
-    assert (loaded.preprocessing.size, loaded.preprocessing.crop_ratio, loaded.config) == (32, 0.9, VIT)
+    assert loaded.config == dataclasses.replace(VIT, image_size=(32, 32))
+    assert (loaded.preprocessing.size, loaded.preprocessing.crop_ratio) == (32, 0.9)
+    # 3 and 2 patches became 4 and 4; the row of the class token is what it was.
+    assert loaded.params["pos_embed"].shape == (1, 1 + 16, 16)
+    np.testing.assert_array_equal(loaded.params["pos_embed"][:, 0], model.params["pos_embed"][:, 0])
     with pytest.raises(ValueError, match="20 is not a multiple of the patch size 8.*16 and 24"):
         rv.load_model(tmp_path, image_size=20)
+
+
+def test_our_folder_takes_no_advice_on_what_it_is(model, tmp_path):
+    rv.save_model(model, tmp_path)
+    with pytest.raises(ValueError, match="says itself what it is: leave out family, num_heads"):
+        rv.load_model(tmp_path, family="timm", num_heads=4)
+
+
+def test_a_name_of_nothing_is_told_with_the_nearest():
+    with pytest.raises(FileNotFoundError, match="dinov2_vits14_reg does not exist.*nearest: dinov2_vits14_reg4"):
+        rv.load_model("dinov2_vits14_reg")
+    with pytest.raises(ValueError, match="classifier without its network.*head='dinov2_vits14_linear'"):
+        rv.load_model("dinov2_vits14_linear")
 
 
 def test_a_folder_without_a_model_is_told(tmp_path):

@@ -1,4 +1,5 @@
-"""Weights of other libraries: one key table a family, read strictly (every key consumed, every parameter filled)."""
+"""Weights of other libraries: one key table a family, strict in both directions (every key consumed or knowingly
+dropped, every parameter filled)."""
 
 from importlib import import_module
 
@@ -7,6 +8,7 @@ FAMILIES = {
     "timm": "regvit_jax.convert.timm",
     "huggingface": "regvit_jax.convert.huggingface",
     "deit3": "regvit_jax.convert.deit",
+    "dino": "regvit_jax.convert.dino",
 }
 
 

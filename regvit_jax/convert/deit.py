@@ -1,6 +1,8 @@
 """DeiT-III as released: positions on patches only, LayerScale under the names gamma_1 and gamma_2, a class head."""
 
-from regvit_jax.convert.table import Family, Row, fused_qkv, linear, norm, patch_embed
+from regvit_jax.convert.fit import Holds
+from regvit_jax.convert.rows import Row, block, fused_attention, linear, mlp, norm, patch_embed
+from regvit_jax.convert.table import Family
 
 ROWS = (
     *patch_embed("patch_embed.proj"),
@@ -8,14 +10,12 @@ ROWS = (
     # The released models have none; the reproduction with registers (TMLR 2025) calls them so.
     Row("register_tokens", ("reg_tokens",)),
     Row("pos_embed", ("pos_embed",)),
-    *norm("blocks/norm1", "blocks.{i}.norm1"),
-    *fused_qkv("blocks.{i}.attn.qkv"),
-    *linear("blocks/attn/proj", "blocks.{i}.attn.proj"),
-    Row("blocks/ls1/gamma", ("blocks.{i}.gamma_1",)),
-    *norm("blocks/norm2", "blocks.{i}.norm2"),
-    *linear("blocks/mlp/fc1", "blocks.{i}.mlp.fc1"),
-    *linear("blocks/mlp/fc2", "blocks.{i}.mlp.fc2"),
-    Row("blocks/ls2/gamma", ("blocks.{i}.gamma_2",)),
+    *block(
+        "blocks.{i}.",
+        attention=fused_attention(),
+        mlp=mlp("mlp.fc1", "mlp.fc2", "gelu"),
+        gains=("gamma_1", "gamma_2"),
+    ),
     *norm("norm", "norm"),
     *linear("head", "head"),
 )
@@ -23,6 +23,10 @@ ROWS = (
 FAMILY = Family(
     name="deit3",
     rows=ROWS,
-    configure=lambda shapes: {"resampler": "bicubic", "drop_path_uniform": True},
+    configure=lambda shapes: {"resampler": "bicubic", "drop_path_uniform": True, "token_init_std": 0.02},
+    holds=Holds(position=("patches",), layerscale="always", qkv_bias="always", heads=("token",)),
+    signs=("blocks/ls1/gamma",),
+    rename=((r"^module\.", ""),),
     crop_ratio=1.0,
+    means="DeiT-III: positions on patches only",
 )

@@ -1,10 +1,12 @@
-"""Hugging Face Dinov2 and Dinov2WithRegisters, in the names of their files (transformers 4.x and 5.x write the
-same)."""
+"""Hugging Face Dinov2 and Dinov2WithRegisters: the names of their files (4.x and 5.x write the same), and those that a
+live 5.x model has in memory."""
 
-from regvit_jax.convert.table import Family, Row, linear, norm, patch_embed
+from regvit_jax.convert import huggingface_config
+from regvit_jax.convert.fit import Holds
+from regvit_jax.convert.rows import Row, block, linear, mlp, norm, patch_embed
+from regvit_jax.convert.table import Family
 
-_LAYER = "encoder.layer.{i}."
-_QKV = tuple(f"{_LAYER}attention.attention.{part}" for part in ("query", "key", "value"))
+_QKV = tuple(f"attention.attention.{part}" for part in ("query", "key", "value"))
 
 ROWS = (
     *patch_embed("embeddings.patch_embeddings.projection"),
@@ -12,18 +14,22 @@ ROWS = (
     Row("register_tokens", ("embeddings.register_tokens",)),
     Row("mask_token", ("embeddings.mask_token",)),
     Row("pos_embed", ("embeddings.position_embeddings",)),
-    *norm("blocks/norm1", _LAYER + "norm1"),
-    Row("blocks/attn/qkv/kernel", tuple(f"{part}.weight" for part in _QKV), "qkv_parts_kernel"),
-    Row("blocks/attn/qkv/bias", tuple(f"{part}.bias" for part in _QKV), "qkv_parts_bias"),
-    *linear("blocks/attn/proj", _LAYER + "attention.output.dense"),
-    Row("blocks/ls1/gamma", (_LAYER + "layer_scale1.lambda1",)),
-    *norm("blocks/norm2", _LAYER + "norm2"),
-    *linear("blocks/mlp/fc1", _LAYER + "mlp.fc1"),
-    *linear("blocks/mlp/fc2", _LAYER + "mlp.fc2"),
-    *linear("blocks/mlp/fc1", _LAYER + "mlp.weights_in"),
-    *linear("blocks/mlp/fc2", _LAYER + "mlp.weights_out"),
-    Row("blocks/ls2/gamma", (_LAYER + "layer_scale2.lambda1",)),
+    *block(
+        "encoder.layer.{i}.",
+        attention=[
+            *linear("blocks/attn/qkv", *_QKV, form="qkv_parts"),
+            *linear("blocks/attn/proj", "attention.output.dense"),
+        ],
+        mlp=[
+            *mlp("mlp.fc1", "mlp.fc2", "gelu"),
+            *mlp("mlp.weights_in", "mlp.weights_out", "swiglu"),
+            # In memory, 5.x splits the gated layer in two.
+            *linear("blocks/mlp/fc1", "mlp.gate_proj", "mlp.up_proj", form="halves", mlp="swiglu"),
+        ],
+        gains=("layer_scale1.lambda1", "layer_scale2.lambda1"),
+    ),
     *norm("norm", "layernorm"),
+    *linear("head", "classifier"),
 )
 
 
@@ -32,4 +38,29 @@ def _configure(shapes):
     return {"resampler": "antialias" if "register_tokens" in shapes else "bicubic"}
 
 
-FAMILY = Family(name="huggingface", rows=ROWS, configure=_configure)
+FAMILY = Family(
+    name="huggingface",
+    rows=ROWS,
+    configure=_configure,
+    holds=Holds(
+        position=("cls",),
+        mask_token="always",
+        layerscale="always",
+        activations=("gelu", "gelu_tanh", "quick_gelu", "swiglu"),
+        heads=("token_avg",),
+        norm_eps=None,
+    ),
+    rename=(
+        (r"^(dinov2_with_registers|dinov2)\.", ""),
+        (r"\.attention\.q_proj\.", ".attention.attention.query."),
+        (r"\.attention\.k_proj\.", ".attention.attention.key."),
+        (r"\.attention\.v_proj\.", ".attention.attention.value."),
+        (r"\.attention\.o_proj\.", ".attention.output.dense."),
+        (r"\.mlp\.down_proj\.", ".mlp.weights_out."),
+    ),
+    from_files=huggingface_config.read,
+    to_files=huggingface_config.write,
+    prefix=huggingface_config.prefix,
+    kind="safetensors",
+    means="Hugging Face: head count and activation stand in config.json",
+)
