@@ -19,7 +19,7 @@ FLOOR = {
     room: floor
     for floor, rooms in enumerate(
         (
-            "trees sharding data/transforms",
+            "trees sharding xla_flags data/decode data/transforms",
             "flops ops losses config",
             "models optim",
             "state checkpoint metrics data convert workdir stopping",
@@ -33,6 +33,7 @@ FLOOR = {
 }
 ALSO = {
     ("sharding", "trees"),
+    ("data/transforms", "data/decode"),
     ("loop", "evaluate"),
     ("train", "evaluate"),
     ("train", "loop"),
@@ -44,7 +45,7 @@ BANNED = {"torch", "torchvision", "tensorflow", "tensorflow_text", "timm", "tran
 TORCH_DOOR = "regvit_jax/convert/verify.py"  # one function of it runs in a child process, beside the original
 
 # What a data worker imports: the program's main module again (as multiprocessing does), then what its dataset names.
-WORKER = ("main", "data/__init__", "data/loader", "data/transforms", "data/tokenizer", "data/sources/")
+WORKER = ("main", *(f"data/{name}" for name in "__init__ loader workers decode transforms tokenizer sources/".split()))
 SLOW_TO_START = {"jax", "jaxlib", "flax", "optax", "orbax", "chex"}
 
 
