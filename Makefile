@@ -37,7 +37,7 @@ soak: $(VENV)/.installed-test  ## The long tests that look for leaks and rare ra
 	$(PY) -m pytest -m soak $(ARGS)
 
 parity: $(PARITY)/.installed-parity  ## Compare live with PyTorch's libraries, in an environment of its own (~2 GB)
-	$(PARITY)/bin/python -m pytest $(if $(XDIST),-n $(JOBS) --dist loadgroup) -m parity tests/parity $(ARGS)
+	PYTHONDONTWRITEBYTECODE= $(PARITY)/bin/python -m pytest $(if $(XDIST),-n $(JOBS) --dist loadgroup) -m parity tests/parity $(ARGS)
 
 lint: $(VENV)/.installed-test  ## ruff check
 	$(PY) -m ruff check .
@@ -60,7 +60,8 @@ $(VENV)/.installed-test: $(NEEDS) | $(VENV)/pyvenv.cfg
 	@touch $(VENV)/.installed $@
 
 # torch first and alone: PyPI's brings gigabytes of CUDA on Linux, PyTorch's own index has one without. timm alone: it
-# asks for torchvision, which must be built for the very same torch, and uses it for images only; tests/parity does without.
+# asks for torchvision, which must be built for the very same torch, and uses it for images only; tests/parity does
+# without. Compiling all of it takes a minute, and what is imported is compiled and kept by whoever imports it first.
 $(PARITY)/.installed-parity: PY := $(PARITY)/bin/python
 $(PARITY)/.installed-parity: $(NEEDS) | $(PARITY)/pyvenv.cfg
 	@echo "Installing with PyTorch into $(PARITY): about 2 GB, two minutes on a fast network"

@@ -62,7 +62,6 @@ def tokens_of(model, x):
     ("kind", "fields"),
     [
         ("Dinov2", {}),
-        ("Dinov2WithRegisters", {"num_register_tokens": 4}),
         ("Dinov2WithRegisters", {"num_register_tokens": 2, "use_swiglu_ffn": True}),
         ("Dinov2WithRegisters", {"num_register_tokens": 4, "num_labels": 5}),
         ("Dinov2", {"num_labels": 5}),
