@@ -30,7 +30,7 @@ quickstart: $(VENV)/.installed  ## Install, then train and evaluate a small regi
 test: lint  ## Install, lint, then every test but the soak tests
 	$(PYTEST) $(ARGS)
 
-test-fast: lint  ## Install, lint, then the tests of daily work: under 4 minutes on 2 cores
+test-fast: lint  ## Install, lint, then the tests of daily work: all that start no other processes
 	$(PYTEST) -m "not slow and not process and not soak" $(ARGS)
 
 soak: $(VENV)/.installed-test  ## The long tests that look for leaks and rare races, one at a time

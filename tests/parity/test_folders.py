@@ -19,6 +19,7 @@ SMALL = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=1, image_s
 @pytest.fixture(autouse=True)
 def _quiet(monkeypatch):
     monkeypatch.setattr("regvit_jax.main.set_up_logging", lambda: None)
+    monkeypatch.setattr("regvit_jax.convert.certificate.outputs", lambda model: [])  # Two compilations each.
 
 
 @pytest.fixture
