@@ -140,7 +140,9 @@ def to_torch(model: Model, family: str | None = None) -> dict[str, np.ndarray]:
     fitted = ours.fitted(model.config, _arrays(model))
     for note in fitted.notes:
         logging.info("as %s: %s", ours.name, note)
-    return ours.write(fitted, model.origin)
+    state = ours.write(fitted, model.origin)
+    # Views of JAX's own memory are not handed out: torch.from_numpy would let PyTorch write into it.
+    return {name: array if array.flags.writeable else array.copy() for name, array in state.items()}
 
 
 def convert(
