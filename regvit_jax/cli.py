@@ -15,6 +15,7 @@ import logging
 import pathlib
 import shlex
 import sys
+from collections.abc import Sequence
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -37,6 +38,13 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
 
+_EVAL = """examples:
+  regvit eval --model=runs/quickstart --task=knn --data=folder:/my/images --out=results.json
+  regvit eval --model=runs/quickstart --task=segmentation --data=pairs:/my/photos,/my/masks?ignore=255 --untrained
+  regvit eval --model=dinov2_vits14_reg4 --task=depth --data=nyud:/data/nyu --set blocks=2,5,8,11
+--set KEY=VALUE changes an option of every task, --set TASK.KEY=VALUE of one; a wrong KEY lists those there are."""
+
+
 def _parser() -> argparse.ArgumentParser:
     from regvit_jax.data import commands as data
 
@@ -53,13 +61,16 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser(
         "eval",
         help="measure a model",
-        description="Measures a model on frozen features and prints a table.",
-        epilog="example: regvit eval --model=runs/quickstart --task=knn --data=folder:/my/images --out=results.json",
+        description="Measures a model on frozen features and prints a table. Pictures go to PICTURES/eval/TASK/.",
+        epilog=_EVAL,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     evaluate.add_argument("--model", required=True, help="workdir of a run, or folder of rv.save_model")
     evaluate.add_argument(
-        "--task", required=True, action="append", help="accuracy, knn, linear or maps; may be given several times"
+        "--task",
+        required=True,
+        action="append",
+        help="knn, linear, accuracy (of its own head), segmentation, depth or maps; may be given several times",
     )
     evaluate.add_argument("--data", required=True, help="source the probe learns from, such as folder:/my/images#train")
     evaluate.add_argument(
@@ -70,11 +81,18 @@ def _parser() -> argparse.ArgumentParser:
         "--pictures", default=".", help="results and pictures go to its eval/TASK/ (default: the current folder)"
     )
     evaluate.add_argument(
+        "--untrained", action="store_true", help="also measure the same network freshly initialised: a second column"
+    )
+    evaluate.add_argument(
         "--image_size", type=int, default=None, help="side of the images in pixels; default: the model's own"
     )
     evaluate.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     evaluate.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="an option of the task, such as --set k=10,20"
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="an option, such as --set k=10,20 or knn.k=10",
     )
     evaluate.set_defaults(run=_eval)
     return parser
@@ -211,27 +229,37 @@ def _eval(args: argparse.Namespace) -> int:
     if held_out is None:
         data, held_out = holdout(args.data)
         logging.info("%s has no evaluation split: a fixed tenth of it is held out", args.data)
-    tasks = {task: evaluator(task, **_options(task, args.set)) for task in args.task}
+    tasks = {task: evaluator(task, **_options(task, args.set, args.task)) for task in args.task}
     evals = evaluate.build(tasks, data_train=data, data_eval=held_out)
     model = hub.load_model(args.model, image_size=args.image_size, dtype=args.dtype)
     logging.info("%s", model)
-    found = evaluate.run(evals, model, mesh=sharding.make_mesh(), workdir=pathlib.Path(args.pictures))
-    print(evaluate.table({pathlib.Path(args.model).name: found}))
+    mesh, place = sharding.make_mesh(), pathlib.Path(args.pictures)
+    columns = {}
+    if args.untrained:
+        columns["untrained"] = evaluate.run(evals, hub.untrained(model), mesh=mesh, workdir=place / "untrained")
+    found = columns[pathlib.Path(args.model).name] = evaluate.run(evals, model, mesh=mesh, workdir=place)
+    print(evaluate.table(columns))
     if args.out:
         record = {"model": args.model, "data": data, "eval_data": held_out, "metrics": found}
+        record |= {"untrained": columns["untrained"]} if args.untrained else {}
         pathlib.Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         pathlib.Path(args.out).write_text(json.dumps(record, indent=2) + "\n")
     return 0
 
 
-def _options(task: str, settings: list[str]) -> dict:
-    """{key: value} of KEY=VALUE texts, typed as the task's own defaults are."""
+def _options(task: str, settings: list[str], others: Sequence[str] = ()) -> dict:
+    """{key: value} of KEY=VALUE and TASK.KEY=VALUE texts, typed as the task's own defaults are; those of `others` are
+    left to them."""
     from regvit_jax.config import evaluator
 
     known = evaluator(task)
     out = {}
     for text in settings:
         name, equals, value = text.partition("=")
+        owner, dot, rest = name.partition(".")
+        if dot and owner != task and owner in others:
+            continue
+        name = rest if dot and owner == task else name
         if not equals or name not in known:
             raise ValueError(f"--set {text}: write KEY=VALUE with KEY one of {', '.join(known)}")
         out[name] = _typed(known[name], value)

@@ -9,10 +9,11 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from regvit_jax import checkpoint
+from regvit_jax import checkpoint, sharding
 from regvit_jax.convert import FAMILIES, certificate, family_of, files, folder, graft, heads, released, verify
 from regvit_jax.convert.detect import detect
 from regvit_jax.convert.folder import Written
@@ -20,7 +21,7 @@ from regvit_jax.convert.origin import Origin
 from regvit_jax.convert.table import Reading
 from regvit_jax.data.transforms import Preprocess
 from regvit_jax.models.config import Execution, ViTConfig
-from regvit_jax.models.model import Model, abstract_params
+from regvit_jax.models.model import Model, abstract_params, init_params
 from regvit_jax.trees import named, unname
 
 FORMAT = 1
@@ -203,6 +204,12 @@ def convert(
         said["without_sidecar"] = certificate.difference(model, _model(bare, model.run.dtype))
     (target / certificate.NAME).write_text(json.dumps(said, indent=2) + "\n")
     return said
+
+
+def untrained(model: Model, seed: int = 0) -> Model:
+    """The same network with fresh weights: what a trained one has to beat."""
+    params = sharding.jit_once(init_params, static_argnums=0)(model.config, jax.random.key(seed))
+    return dataclasses.replace(model, params=params, origin=None)
 
 
 def describe(model: Model) -> dict:

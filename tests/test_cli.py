@@ -23,7 +23,7 @@ def tiny():
 def saved(tmp_path_factory):
     shape = dict(width=16, depth=1, num_heads=2, mlp_dim=16, image_size=16, patch_size=8, num_classes=4)
     folder = tmp_path_factory.mktemp("model")
-    rv.save_model(rv.create_model("vit_ti16_reg2", **shape), folder)
+    rv.save_model(rv.create_model("vit_ti16_reg2", seed=1, **shape), folder)
     return folder
 
 
@@ -44,6 +44,22 @@ def test_eval_prints_a_table_and_writes_the_numbers(saved, tiny, tmp_path, capsy
     assert (tmp_path / "eval/maps/maps.png").stat().st_size > 1000
     options = json.loads((tmp_path / "eval/knn/results.json").read_text())["options"]
     assert options["batch_size"] == 8
+
+
+def test_eval_compares_with_the_untrained_network(saved, tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("regvit_jax.main.set_up_logging", lambda: None)
+    data = tiny.write_npz(tmp_path / "data.npz")
+    out = tmp_path / "results.json"
+    arguments = ["eval", f"--model={saved}", f"--data={data}", "--task=accuracy", "--task=knn"]
+    options = ["--set=knn.k=3", f"--out={out}", f"--pictures={tmp_path}"]
+    assert cli.main([*arguments, *options, "--untrained"]) == 0
+    heading, _, *lines = capsys.readouterr().out.splitlines()
+    assert heading.split() == ["untrained", saved.name] and all(len(line.split()) == 3 for line in lines)
+    record = json.loads(out.read_text())
+    assert record["untrained"].keys() == record["metrics"].keys() and "knn/top1_k3" in record["metrics"]
+    # Another network: the loss of its random head is another one.
+    assert record["untrained"]["accuracy/loss"] != record["metrics"]["accuracy/loss"]
+    assert (tmp_path / "untrained/eval/knn/results.json").is_file() and (tmp_path / "eval/knn/results.json").is_file()
 
 
 @pytest.mark.parametrize(
