@@ -15,7 +15,13 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 VERSIONS = ("3.11", "3.12", "3.13")
 # Import names that are not the package's name.
-CALLED = {"absl": "absl-py", "PIL": "pillow", "sklearn": "scikit-learn", "orbax": "orbax-checkpoint"}
+CALLED = {
+    "absl": "absl-py",
+    "PIL": "pillow",
+    "google": "protobuf",
+    "orbax": "orbax-checkpoint",
+    "sklearn": "scikit-learn",
+}
 # Not asked for by name: jaxlib comes with jax, at its version.
 IMPLIED = {"jaxlib"}
 

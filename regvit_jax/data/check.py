@@ -1,7 +1,7 @@
 """regvit data check: what is in a source, and what is wrong with it, before a run spends a day on it.
 
 Counts are of all samples. Of `sample` images a split, or all, the files are decoded: unreadable ones, sizes, modes,
-files that are there twice. A contact sheet shows a few of them with their labels.
+files that are there twice; masks and depth maps that do not fit. A contact sheet shows a few of them with their labels.
 """
 
 import concurrent.futures
@@ -17,9 +17,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from regvit_jax.data import check_report, contact_sheet
+from regvit_jax.data import check_boxes, check_maps, check_report, contact_sheet
 from regvit_jax.data.check_report import Look
-from regvit_jax.data.decode import DecodeError, decode, decode_map
+from regvit_jax.data.decode import decode
 from regvit_jax.data.sources import Source, open_source, parse
 
 _ORIENTATION = 0x0112
@@ -52,7 +52,10 @@ def check(text: str, *, sample: int = 1000, picture: str = "contact_sheet.png", 
     looks = _look_at(parts, drawn, threads or os.cpu_count() or 1)
     report = check_report.of(text, parts, looks)
     if picture:
-        chosen = contact_sheet.chosen([look for look in looks if not look.problem])
+        good = [look for look in looks if not look.problem]
+        # A picture with its depth takes two places.
+        places = contact_sheet.COLUMNS * contact_sheet.ROWS // (2 if any(look.depth for look in good) else 1)
+        chosen = contact_sheet.chosen(good, places)
         pictures = [(parts[look.split], look.index, look.label) for look in chosen]
         if pictures:
             pathlib.Path(picture).parent.mkdir(parents=True, exist_ok=True)
@@ -97,8 +100,9 @@ def _look(split: str, source: Source, index: int) -> Look:
         found |= _header(image)
         look = dataclasses.replace(look, **found)
         pixels = decode(image, look.name)
-        return dataclasses.replace(look, problem=_maps(sample, pixels.shape[:2]))
-    except (DecodeError, OSError) as error:
+        boxes = check_boxes.measured(sample, pixels.shape[:2])
+        return dataclasses.replace(look, **boxes | check_maps.measured(sample, pixels.shape[:2], source))
+    except (ValueError, OSError) as error:
         return dataclasses.replace(look, problem=str(error))
 
 
@@ -118,11 +122,3 @@ def _header(image: Any) -> dict:
     digest = hashlib.blake2b(np.ascontiguousarray(pixels), digest_size=16).digest()
     height, width = (*pixels.shape, 0, 0)[:2]
     return {"kind": kind, "width": width, "height": height, "size": pixels.nbytes, "digest": digest}
-
-
-def _maps(sample, shape):
-    """What is wrong with the mask or depth map of an image of `shape`, or ""."""
-    for key in ("mask", "depth"):
-        if key in sample and (values := decode_map(sample[key])).shape != shape:
-            return f"its {key} has shape {values.shape}, the image {shape}: they must agree"
-    return ""

@@ -5,6 +5,7 @@ import dataclasses
 
 import numpy as np
 
+from regvit_jax.data import check_boxes, check_maps
 from regvit_jax.data.sources import EVAL_SPLITS, Source
 
 # What is worth a note: sides in pixels, megapixels, long side over short side, most over fewest images a class.
@@ -14,7 +15,8 @@ _PERCENTILES = {"min": 0, "5 %": 5, "median": 50, "95 %": 95, "max": 100}
 
 @dataclasses.dataclass(frozen=True)
 class Look:
-    """One sample, looked at: `problem` says why it cannot be used, or is empty."""
+    """One sample, looked at: `problem` says why it cannot be used, or is empty; `mask` and `depth` as
+    `check_maps.measured` gives them, `boxes` as check_boxes does."""
 
     split: str
     index: int
@@ -26,6 +28,9 @@ class Look:
     size: int = 0
     digest: bytes = b""
     turned: bool = False
+    mask: tuple[tuple[int, int], ...] = ()
+    depth: tuple[float, ...] = ()
+    boxes: check_boxes.Boxes | None = None
     problem: str = ""
 
 
@@ -52,6 +57,7 @@ def as_text(report: dict) -> str:
                 f"  {title:<10} " + "".join(f"{value:>11,}" for value in found[key].values())
                 for title, key in (("width", "width"), ("height", "height"), ("kB", "kilobytes"))
             ]
+        lines += check_maps.lines(found) + check_boxes.lines(found)
     lines.append(
         f"\nevaluation: {report['eval_split'] or 'no split of its own: a fixed tenth is held out of training'}"
     )
@@ -90,6 +96,8 @@ def _split(split, source, looks, report):
         )
     if source.num_classes:
         found |= _labels(title, source, labels, of_all, next(iter(report["splits"]), split) == split, report)
+    found |= check_maps.report_of(title, source, good, report)
+    found |= check_boxes.report_of(title, source, good, report)
     for what, chosen in (
         (f"have a side below {TINY} pixels", [look for look in good if min(look.width, look.height) < TINY]),
         (f"are above {HUGE} megapixels", [look for look in good if look.width * look.height > HUGE * 1e6]),

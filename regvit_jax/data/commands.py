@@ -10,7 +10,15 @@ _SOURCES = """sources:
   npz:FILE           encoded images in one file
   imagenet:PATH      ImageNet-1k: train/WNID/*.JPEG, val/ flat with its list of classes or in class folders
   imagenet22k:PATH   ImageNet-22k: WNID.tar, read without unpacking, or class folders
+  ade20k:PATH        ADEChallengeData2016: images/ and annotations/ with training/ and validation/
+  nyud:PATH          NYU Depth v2 by the lists of BTS, or rgb_*.jpg beside sync_depth_*.png
+  pairs:IMAGES,MAPS  any images with masks (?ignore=255) or depth (?depth=0.001): two folders, or paths with *
+  voc:PATH           PASCAL VOC or a tree of its form: boxes, or masks (?set=segmentation)
+  coco:PATH          COCO or what has its form: annotations/instances_val2017.json, val2017/; ?list=FILE for COCO20k
+  boxes:PATH         images of your own with boxes: a boxes.json, or XML beside them
   tfds:NAME@DIR      what TFDS prepared as array_record; tfds:@FOLDER for one folder of it
+  tfrecord:PATH      what TFDS prepared as TFRecord, read without TensorFlow; or files of tf.train.Example
+  tar:PATH           WebDataset shards: a folder, FOLDER/train-*.tar or FOLDER/train-{000000..000146}.tar
   scenes:            the built-in renderer
 #train, #val, #train[:80%] behind one choose a part.
 

@@ -18,6 +18,9 @@ from regvit_jax.data.decode import MAX_PIXELS, DecodeError, decode, decode_map
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+# Fields of a sample with a row an object: no batch can hold them, since images have more or fewer.
+OBJECTS = ("boxes", "box_labels", "difficult", "truncated")
+
 INTERPOLATION = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
@@ -145,7 +148,8 @@ class EvalTransform:
     """Sample -> {"image": uint8 (S,S,3), "label": int32, …}: resize the short side, crop the centre.
 
     "mask" and "depth" become (S,S), moved with the image by nearest neighbour; other numbers and fixed-shape arrays are
-    kept; "boxes" and text are dropped: what needs them reads the source. `fields` names the ones wanted; empty: all.
+    kept; objects (OBJECTS) and text are dropped: what needs them reads the source. `fields` names the ones wanted;
+    empty: all.
     """
 
     spec: Preprocess
@@ -166,7 +170,8 @@ class TrainTransform:
     """Sample -> {"image": uint8 (size,size,3), "label": int32, …}; the other fields as in EvalTransform.
 
     crop: "rrc" (random resized crop), "center" (resize the short side, crop the centre) or "none" (resized to the
-    square, if it is not that already; aspect ratio not kept). fields: the ones wanted; empty: all.
+    square, if it is not that already; aspect ratio not kept). fields: the ones wanted; empty: all. flip: share that is
+    mirrored left to right.
     """
 
     size: int
@@ -175,6 +180,7 @@ class TrainTransform:
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     interpolation: str = "bicubic"
     fields: tuple[str, ...] = ()
+    flip: float = 0.0
 
     def __post_init__(self):
         _check_interpolation(self.interpolation)
@@ -190,13 +196,13 @@ class TrainTransform:
             top, left, height, width = random_crop_box(height, width, rng, self.scale, self.ratio)
         resized = _short_size(height, width, self.size) if self.crop == "center" else (self.size, self.size)
         part = np.s_[top : top + height, left : left + width]
+        columns = slice(None, None, -1 if self.flip and rng.random() < self.flip else 1)
 
         def move(values):
-            return center_crop(_nearest(values[part], *resized), self.size)
+            return center_crop(_nearest(values[part], *resized), self.size)[:, columns]
 
-        return _fixed_shape(
-            sample, image, center_crop(resize(image[part], *resized, self.interpolation), self.size), move
-        )
+        pixels = center_crop(resize(image[part], *resized, self.interpolation), self.size)[:, columns]
+        return _fixed_shape(sample, image, pixels, move)
 
 
 def _only(sample, fields):
@@ -220,7 +226,7 @@ def _fixed_shape(sample, original, image, move):
                     f"image, or remove the orientation)"
                 )
             fields[key] = move(values)
-        elif key not in ("image", "label", "boxes") and np.asarray(value).dtype.kind in "biuf":
+        elif key not in ("image", "label", *OBJECTS) and np.asarray(value).dtype.kind in "biuf":
             fields[key] = np.asarray(value)
     return fields
 

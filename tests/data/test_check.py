@@ -10,7 +10,7 @@ from PIL import Image
 from regvit_jax.data.check import check
 from regvit_jax.data.check_report import as_text
 from regvit_jax.data.contact_sheet import COLUMNS, GAP, SIDE, chosen, draw
-from regvit_jax.data.sources import Source
+from regvit_jax.data.sources import IGNORE, Source
 
 
 def write(path, value=0, size=(20, 20), mode="RGB", **options):
@@ -133,7 +133,7 @@ def test_the_contact_sheet_shows_every_class_in_order(tmp_path):
     cells = 27
     assert sheet.shape[1] == COLUMNS * (SIDE + GAP) + GAP
     middles = [
-        (GAP + row * ((sheet.shape[0] - GAP) // 4) + SIDE - 20, GAP + column * (SIDE + GAP) + SIDE // 2)
+        (GAP + row * ((sheet.shape[0] - GAP) // 4) + SIDE // 4, GAP + column * (SIDE + GAP) + SIDE // 2)
         for row, column in (divmod(place, COLUMNS) for place in range(cells))
     ]
     shown = [tuple(sheet[middle].tolist()) for middle in middles]
@@ -167,3 +167,101 @@ def test_masks_and_boxes_are_drawn_where_they_are():
     quarter = SIDE // 4
     assert (sheet[quarter, quarter] == (255, 40, 40)).all()  # the corner of the box
     assert sheet[SIDE // 2, SIDE // 2].any() and not sheet[quarter // 2, quarter // 2].any()  # the tint of class 1
+
+
+class Mapped(Source):
+    """Ten-pixel squares: a mask of three named classes with a quarter ignored, and depth with a fifth unknown."""
+
+    mask_names = ("floor", "wall", "lamp")
+    depth_range = (0.5, 5.0)
+    dense_refusal = "it is made up"
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        mask = np.zeros((10, 20), np.uint8)
+        mask[:, :5], mask[:, 5:8] = IGNORE, 1
+        depth = np.full((10, 20), 2.0, np.float32)
+        depth[:2], depth[2], depth[3, 0] = 0, 8.0, np.nan
+        image = np.full((10, 20, 3), index, np.uint8)
+        if index == 1:
+            mask[:], depth[:] = IGNORE, 0
+        elif index == 2:
+            return {"image": image, "mask": mask.astype(float), "depth": depth}
+        elif index == 3:
+            mask[0, 0] = 7
+            return {"image": image, "mask": mask}
+        return {"image": image, "mask": mask, "depth": depth}
+
+
+def test_masks_and_depth_are_counted(monkeypatch, tmp_path):
+    monkeypatch.setattr("regvit_jax.data.check.open_source", lambda text: Mapped())
+    report = check("folder:/mapped", picture=str(tmp_path / "sheet.png"))
+    found = report["splits"][""]
+    # Samples 0, 1 and 3: ignored are 50 and 200 and 49 of 200 pixels each; 1 is on 30 of 150 and 30 of 151.
+    assert found["mask"]["maps"] == 3 and found["mask"]["ignored"] == pytest.approx(299 / 600)
+    assert found["mask"]["classes"] == [
+        ["floor", pytest.approx(240 / 301)],
+        ["wall", pytest.approx(60 / 301)],
+        ["lamp", 0.0],
+    ]
+    # Samples 0 and 1: 40 rows' and one pixel, and all 200, are unknown; a row of 20 is farther than 5 m.
+    assert found["depth"] == {
+        "maps": 2,
+        "unknown": pytest.approx(241 / 400),
+        "nearest": 2.0,
+        "median": 2.0,
+        "farthest": 8.0,
+    }
+    problems, notes = "\n".join(report["problems"]), "\n".join(report["notes"])
+    assert "1 of 4 decoded images are unreadable\n      2: its mask holds float64 values, no class numbers" in problems
+    assert "1 masks have a class number above 2, with 3 classes: 3" in problems
+    assert "1 images have no depth, the others do: 3" in problems and len(report["problems"]) == 3
+    assert "1 masks have no pixel that counts: 1" in notes and "1 depth maps have no known pixel: 1" in notes
+    assert "1 of 3 classes are in none of the 3 masks decoded: lamp" in notes
+    assert "13 % of the known depth is outside the 0.5 to 5 m that count" in notes  # 20 of 159
+    assert "segmentation and depth are refused on it: it is made up" in notes
+    text = as_text(report)
+    assert "mask       3 maps, 3 classes, 50 % of the pixels ignored\n             floor: 80 %, wall: 20 %\n" in text
+    assert "depth      2 maps, 2.00 to 8.00 m, median 2.00 m, 60 % of the pixels unknown" in text
+    assert json.loads(json.dumps(report)) == report
+    # Three samples are drawn, each twice as wide as a picture, and as high as the pictures are.
+    sheet = Image.open(tmp_path / "sheet.png")
+    assert sheet.size == (3 * 2 * (SIDE + GAP) + GAP, SIDE // 2 + 2 * 13 + 2 * GAP)
+
+
+def test_a_wrong_unit_is_asked_about(monkeypatch):
+    class Far(Source):
+        def __len__(self):
+            return 1
+
+        def __getitem__(self, index):
+            return {"image": np.zeros((20, 20, 3), np.uint8), "depth": np.full((20, 20), 1810.0, np.float32)}
+
+    monkeypatch.setattr("regvit_jax.data.check.open_source", lambda text: Far())
+    report = check("folder:/far", picture="")
+    assert report["problems"] == [] and "the median depth is 1810 m: is the unit right" in report["notes"][0]
+
+
+def test_depth_is_drawn_beside_and_ignored_pixels_keep_their_colours():
+    class One(Source):
+        def __len__(self):
+            return 1
+
+        def __getitem__(self, index):
+            mask = np.full((32, 32), IGNORE, np.uint8)
+            mask[:, 16:] = 1
+            depth = np.zeros((32, 32), np.float32)
+            depth[:16], depth[16:24] = 1, 2
+            return {"image": np.full((32, 32, 3), 200, np.uint8), "mask": mask, "depth": depth}
+
+    sheet = np.asarray(draw([(One(), 0, -1)]))
+    assert sheet.shape[1] == 2 * (SIDE + GAP) + GAP
+    photo, beside = (
+        sheet[GAP : GAP + SIDE, GAP : GAP + SIDE],
+        sheet[GAP : GAP + SIDE, 2 * GAP + SIDE : 2 * (GAP + SIDE)],
+    )
+    assert (photo[:, : SIDE // 2] == 200).all() and (photo[:, SIDE // 2 :] != 200).any(-1).all()
+    near, far, unknown = beside[0, 0].astype(int), beside[SIDE * 5 // 8, 0].astype(int), beside[-1, 0]
+    assert near.sum() > far.sum() + 300 and len(set(unknown.tolist())) == 1  # bright, dark, grey

@@ -18,16 +18,29 @@ import numpy as np
 from regvit_jax.data.order import Order
 
 SOURCES = {
+    "ade20k": "regvit_jax.data.sources.ade20k",
+    "boxes": "regvit_jax.data.sources.boxes",
+    "coco": "regvit_jax.data.sources.coco",
     "folder": "regvit_jax.data.sources.folder",
     "imagenet": "regvit_jax.data.sources.imagenet",
     "imagenet22k": "regvit_jax.data.sources.imagenet22k",
+    "list": "regvit_jax.data.sources.listed",
     "npz": "regvit_jax.data.sources.npz",
+    "nyud": "regvit_jax.data.sources.nyud",
+    "pairs": "regvit_jax.data.sources.pairs",
     "scenes": "regvit_jax.data.sources.scenes",
+    "tar": "regvit_jax.data.sources.tar",
     "tfds": "regvit_jax.data.sources.tfds",
+    "tfrecord": "regvit_jax.data.sources.tfrecord",
+    "voc": "regvit_jax.data.sources.voc",
 }
+
+# The value of a mask where nothing counts. Sources that keep other values give this one.
+IGNORE = 255
 
 # The split to evaluate on when several exist: validation splits first, `test` is for the end of a project.
 EVAL_SPLITS = ("val", "valid", "validation", "test", "testing")
+_SYNONYMS = ({"val", "valid", "validation"}, {"test", "testing"})
 
 _HOLDOUT_SEED = 0x5EED
 _HOLDOUT_FRACTION = 10
@@ -43,19 +56,28 @@ class Source:
       class_names: one name a class, in label order; empty where there are no labels.
       splits: the names that `#split` may take, the one meant without it first; empty where there are none.
       faults: what opening it found wrong with it, such as a torn archive; `regvit data check` reports it.
+      mask_names: one name an id of the masks, 0 first; empty where there are no masks.
+      box_names: one name a class of the boxes; empty where they have none.
+      depth_range: (nearest, farthest) metres that the protocol of this data counts; None where it has none.
+      dense_refusal: why its masks or depth may not be measured on; "" where they may. See `require_dense`.
     """
 
     class_names: tuple[str, ...] = ()
     splits: tuple[str, ...] = ()
     faults: tuple[str, ...] = ()
+    mask_names: tuple[str, ...] = ()
+    box_names: tuple[str, ...] = ()
+    depth_range: tuple[float, float] | None = None
+    dense_refusal: str = ""
 
     def __len__(self) -> int:
         raise NotImplementedError
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """One sample: "image" (encoded bytes, a path, uint8 (H,W,3) or a PIL image) and, where it has them, "label"
-        (int; absent or -1 is unlabelled), "mask" and "depth" ((H,W) arrays, encoded bytes or paths), "boxes" ((n,4)
-        xyxy), "caption"."""
+        (int; absent or -1 is unlabelled), "mask" (a uint8 (H,W) array, encoded bytes or a path; ids from 0, IGNORE
+        where nothing counts), "depth" (float32 (H,W) metres, 0 where unknown), "boxes" (float32 (n,4) xyxy in pixels,
+        the far edges exclusive), "box_labels" (int64 (n,)), "difficult" and "truncated" (bool (n,)), "caption"."""
         raise NotImplementedError
 
     def name(self, index: int) -> str:
@@ -166,11 +188,16 @@ def eval_split(text: str) -> str | None:
         return holdout(text)[1]
     available = open_source(str(dataclasses.replace(spec, start="", stop=""))).splits
     trained_on = spec.split if spec.split is not None or not available else available[0]
-    candidates = [split for split in available if split.lower() in EVAL_SPLITS and split != trained_on]
+    candidates = [split for split in available if split.lower() in EVAL_SPLITS and not _same(split, trained_on)]
     if not candidates:
         return None
     split = min(candidates, key=lambda split: EVAL_SPLITS.index(split.lower()))
     return str(dataclasses.replace(spec, split=split, start="", stop=""))
+
+
+def _same(split: str, other: str | None) -> bool:
+    """Whether two names may mean one split: a source may take #validation for its val."""
+    return split == other or any({split.lower(), str(other).lower()} <= names for names in _SYNONYMS)
 
 
 def holdout(text: str) -> tuple[str, str]:
@@ -225,6 +252,22 @@ class Subset(Source):
         return self.source.faults
 
     @property
+    def mask_names(self):
+        return self.source.mask_names
+
+    @property
+    def box_names(self):
+        return self.source.box_names
+
+    @property
+    def depth_range(self):
+        return self.source.depth_range
+
+    @property
+    def dense_refusal(self):
+        return self.source.dense_refusal
+
+    @property
     def labels(self):
         labels = self.source.labels
         if labels is None:
@@ -236,6 +279,16 @@ class Subset(Source):
     def fingerprint(self):
         part = f"{self.source.fingerprint} {self.start}:{self.stop} {'shuffled' if self.order else 'in order'}"
         return hashlib.blake2b(part.encode(), digest_size=16).hexdigest()
+
+
+def require_dense(source: Source, text: str) -> None:
+    """What evaluations call before they use masks or depth.
+
+    Raises:
+      ValueError: if the maps of `source`, the one that `text` names, are not those of the protocol; says why.
+    """
+    if source.dense_refusal:
+        raise ValueError(f"{text} has no masks or depth to measure on: {source.dense_refusal}")
 
 
 def _bounds(spec: Spec, n: int, text: str) -> tuple[int, int]:

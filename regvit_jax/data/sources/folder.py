@@ -78,7 +78,7 @@ class Folder(Source):
     @functools.cached_property
     def _files(self) -> tuple[bytes, np.ndarray, np.ndarray]:
         """(names relative to the root end to end, where each one ends, its label): compact, and quick to pickle."""
-        names, skipped = _listing(self.root)
+        names, skipped = listing(self.root)
         if skipped:
             _log.info("%s: %d files that are not images are left out", self.root, skipped)
         if self._folders:
@@ -173,8 +173,8 @@ def _walk(root):
         stack.extend((os.path.join(relative, name), above | {itself}) for name in reversed(folders))
 
 
-def _listing(root):
-    """(image names relative to `root`, number of other files)."""
+def listing(root):
+    """(image names relative to `root` and below it, number of other files)."""
     names, skipped = [], 0
     for relative, images, others in _walk(root):
         names.extend(f"{relative}/{name}" if relative else name for name in images)

@@ -9,7 +9,6 @@ offset. Unpacked folders are listed by every run: for 14 M files that takes minu
 Order as in folder:, a fixed random one, so #[:10%] has all classes. There are no splits: name the folder of one.
 """
 
-import functools
 import logging
 import os
 import re
@@ -18,9 +17,10 @@ import numpy as np
 
 from regvit_jax.data.sources import Source, imagenet22k_index, imagenet_lists
 from regvit_jax.data.sources.folder import Folder, few, visible
+from regvit_jax.data.sources.kept_index import opened as _archive
+from regvit_jax.data.sources.tar_members import member_name
 
 WNID = re.compile(r"n\d{8}")
-OPEN_ARCHIVES = 256
 
 _log = logging.getLogger(__name__)
 
@@ -88,19 +88,18 @@ class Tars(Source):
     def __getitem__(self, index: int) -> dict:
         path, label, offset, size = self._place(index)
         # Raised where the archive was cut or is gone since it was indexed; the loader replaces what cannot be read.
-        content = os.pread(_archive(path, self.index.samples).fd, size, offset)
+        content = _archive(path, self.index.samples).pread(size, offset)
         if len(content) < size:
             raise OSError(f"{path} ends {size - len(content)} bytes too early for {self.name(index)}")
         return {"image": content, "label": label}
 
     def name(self, index: int) -> str:
-        """archive/member; the member's name stands in the block before it."""
+        """archive/member."""
         path, _, offset, _ = self._place(index)
         try:
-            header = os.pread(_archive(path, self.index.samples).fd, 100, offset - 512)
+            member = member_name(_archive(path, self.index.samples), offset)
         except OSError:
-            header = b""
-        member = header.split(b"\0")[0].decode("utf-8", "replace")
+            member = ""
         return f"{os.path.basename(path)}/{member or f'byte {offset}'}"
 
     @property
@@ -117,20 +116,3 @@ class Tars(Source):
             raise IndexError(f"sample {index} of {len(self)} in {self.root}")
         label, offset, size = imagenet22k_index.samples(self.index)[index].item()
         return os.path.join(self.root, f"{self.wnids[label]}.tar"), label, offset, size
-
-
-class _Archive:
-    """An open file that closes when nobody reads it any more: a thread may still do when the cache has dropped it."""
-
-    def __init__(self, path):
-        self.fd = os.open(path, os.O_RDONLY)
-
-    def __del__(self):
-        if hasattr(self, "fd"):
-            os.close(self.fd)
-
-
-@functools.lru_cache(maxsize=OPEN_ARCHIVES)
-def _archive(path, stamp):
-    """`stamp` (the index) is only a key: archives that were indexed anew are opened anew."""
-    return _Archive(path)

@@ -17,6 +17,8 @@ from regvit_jax.data.sources.scenes_layout import SPLITS, VERSION
 from regvit_jax.data.sources.scenes_shapes import CLASS_NAMES
 
 OPTIONS = {"size": 64, "n": 4000, "n_test": 800, "seed": 0}
+# Metres. Nothing is nearer than the first; the farthest walls, seen at their ends, come close to the last.
+DEPTH_RANGE = (0.1, 15.0)
 _LEAST = {"size": 8, "n": 1, "n_test": 1, "seed": 0}
 
 
@@ -45,6 +47,9 @@ class Scenes(Source):
     """See the top of the file. Pickled as its folder; every process opens the records on first use."""
 
     class_names = CLASS_NAMES
+    mask_names = ("ground", "wall", *CLASS_NAMES)
+    box_names = CLASS_NAMES
+    depth_range = DEPTH_RANGE
     splits = SPLITS
 
     def __init__(self, plan: scenes_build.Plan, folder: str, split: str):
