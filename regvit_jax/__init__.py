@@ -12,6 +12,7 @@ _HOME = {
     "Tokens": "regvit_jax.models.vit",
     "ViTConfig": "regvit_jax.models.config",
     "create_model": "regvit_jax.models.zoo",
+    "discover": "regvit_jax.ops.lost",
     "export_model": "regvit_jax.convert.export",
     "from_torch": "regvit_jax.hub",
     "intermediate": "regvit_jax.models.model",

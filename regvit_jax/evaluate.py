@@ -20,10 +20,10 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from regvit_jax import stopping
+from regvit_jax import provenance, stopping
 from regvit_jax.data.sources import eval_split, holdout
 from regvit_jax.evals import EVALUATORS, Evaluator, get, suggest
-from regvit_jax.evals.feature_cache import counted
+from regvit_jax.evals.feature_cache import counted, hash_of
 from regvit_jax.evals.features import place, shared, source_of
 from regvit_jax.models.model import Model
 
@@ -68,17 +68,25 @@ def data_pair(data_train: str, data_eval: str = "") -> tuple[str, str]:
     return holdout(data_train) if split is None else (data_train, split)
 
 
-def build(evals_config: Mapping[str, Mapping[str, Any]], *, data_train: str, data_eval: str) -> dict[str, Scheduled]:
+def build(
+    evals_config: Mapping[str, Mapping[str, Any]], *, data_train: str, data_eval: str, leave_out: bool = False
+) -> dict[str, Scheduled]:
     """The evaluators of a config, in its order.
 
     Args:
       evals_config: {name: {"type", "every", "at_start", and fields of that evaluator}}; what is absent has its default.
       data_train, data_eval: the sources of the run, for evaluators that name none; see `data_pair`.
+      leave_out: an evaluator that the run's own data cannot serve, having no labels say, is left out with a warning;
+        one that names its data itself stays and says what that lacks.
 
     Raises:
       ValueError: for an unknown type or field (with the nearest known one), a bad value, or a missing source.
     """
-    return {name: _one(name, dict(options.items()), data_train, data_eval) for name, options in evals_config.items()}
+    built = {name: _one(name, dict(options.items()), data_train, data_eval) for name, options in evals_config.items()}
+    if not leave_out:
+        return built
+    own = data_pair(data_train, data_eval)
+    return {name: scheduled for name, scheduled in built.items() if _served(name, scheduled.evaluator, own)}
 
 
 def run(
@@ -112,9 +120,11 @@ def run(
                 metrics = {
                     metric: float(value) for metric, value in evaluator.run(model, mesh=mesh, out_dir=folder).items()
                 }
+                seconds, weights = time.monotonic() - start, hash_of(model)
                 if jax.process_index() == 0:
-                    seconds = time.monotonic() - start
-                    _write(folder / "results.json", _record(name, evaluator, model, metrics, step, seconds))
+                    record = _record(name, evaluator, model, metrics, step) | {"seconds": round(seconds, 3)}
+                    record["model"]["weights"] = weights
+                    _write(folder / "results.json", record)
                     at = "" if step is None else f" at step {step}"
                     numbers = "  ".join(f"{metric} {number(value)}" for metric, value in metrics.items())
                     _log.info("eval %s%s: %s  (%.1f s)", name, at, numbers, seconds)
@@ -205,14 +215,37 @@ def _with_data(evaluator, data_train, data_eval):
     return dataclasses.replace(evaluator, **{need: sources[need] for need in evaluator.NEEDS})
 
 
-def _record(name, evaluator, model, metrics, step, seconds):
+def _served(name, evaluator, own):
+    """Whether the sources of the run, where the evaluator uses them, have what it is measured against."""
+    for source in (getattr(evaluator, need) for need in evaluator.NEEDS):
+        if source in own and not _has(source_of(source), evaluator.TRUTH):
+            kind, truth = type(evaluator).__name__, evaluator.TRUTH
+            _log.warning("eval %s: left out, because %s needs a %s, and %s has none", name, kind, truth, source)
+            return False
+    return True
+
+
+def _has(source, truth):
+    """Whether samples of a source have what an evaluator is measured against."""
+    match truth:
+        case "label":
+            return source.num_classes > 0
+        case "mask":
+            return bool(source.mask_names)
+        case "depth":
+            return source.depth_range is not None
+        case "boxes":
+            return bool(source.box_names)
+    return True
+
+
+def _record(name, evaluator, model, metrics, step):
     sources = {need: source_of(getattr(evaluator, need)) for need in evaluator.NEEDS}
     return {
         "name": name,
         "type": next(kind for kind in EVALUATORS if get(kind) is type(evaluator)),
         "step": step,
         "metrics": {metric: value if math.isfinite(value) else str(value) for metric, value in metrics.items()},
-        "seconds": round(seconds, 3),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "options": dataclasses.asdict(evaluator),
         "data": {
@@ -230,8 +263,12 @@ def _record(name, evaluator, model, metrics, step, seconds):
             "dtype": model.run.dtype,
             "parameters": model.num_params,
         },
-        "jax": jax.__version__,
-        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "code": provenance.versions() | {"commit": provenance.commit()},
+        "hardware": {
+            "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+            "processes": jax.process_count(),
+            "processor": provenance.processor(),
+        },
     }
 
 

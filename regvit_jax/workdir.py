@@ -10,13 +10,11 @@ import platform
 import socket
 import sys
 import time
-from importlib import metadata
 
 from ml_collections import ConfigDict
 
 from regvit_jax import config as configs
-
-PACKAGES = ("regvit_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow")
+from regvit_jax import provenance
 
 # What the system says when a disk, or what this user may have of it, is full.
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -108,7 +106,6 @@ class Workdir:
     def record_environment(self, devices: list) -> None:
         """env.json: versions, devices, host and command of the newest start."""
         if self._active:
-            versions = {name: metadata.version(name) for name in PACKAGES if _installed(name)}
             record = {
                 "time": time.strftime("%Y-%m-%d %H:%M:%S %z"),
                 "command": sys.argv,
@@ -117,7 +114,9 @@ class Workdir:
                 "platform": platform.platform(),
                 "devices": [str(d) for d in devices],
                 "device_kind": devices[0].device_kind,
-                "versions": versions,
+                "processor": provenance.processor(),
+                "versions": provenance.versions(),
+                "commit": provenance.commit(),
                 "environment": {k: v for k, v in os.environ.items() if k.startswith(("JAX_", "XLA_", "REGVIT_"))},
             }
             _write(self.path / "env.json", json.dumps(record, indent=2) + "\n")
@@ -159,11 +158,3 @@ def _write(path: pathlib.Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(fresh, path)
-
-
-def _installed(name: str) -> bool:
-    try:
-        metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return False
-    return True

@@ -19,7 +19,7 @@ FLOOR = {
     room: floor
     for floor, rooms in enumerate(
         (
-            "trees sharding xla_flags data/decode data/transforms",
+            "trees sharding xla_flags provenance data/decode data/transforms",
             "flops ops losses config",
             "models optim",
             "state checkpoint metrics data convert workdir stopping",

@@ -96,6 +96,22 @@ def test_where_there_is_no_split_a_tenth_is_held_out(folder):
     assert evaluate.data_pair(folder, "npz:b.npz") == (folder, "npz:b.npz")
 
 
+def test_what_the_data_of_a_run_cannot_serve_is_left_out_of_it(folder, archive, caplog):
+    """Images without labels: k-NN goes, maps stay; and so does a k-NN on labelled data that it names itself."""
+    config = {"near": {"type": "knn"}, "maps": {"type": "maps"}, "other": {"type": "knn", "data": archive}}
+    built = evaluate.build(config, data_train=folder, data_eval="", leave_out=True)
+    assert list(built) == ["maps", "other"]
+    assert "eval near: left out, because KNN needs a label" in caplog.text and "eval other" not in caplog.text
+    assert list(evaluate.build(config, data_train=archive, data_eval="", leave_out=True)) == list(config)
+    assert list(evaluate.build(config, data_train=folder, data_eval="")) == list(config)
+
+
+def test_every_evaluator_says_what_its_data_must_have():
+    truths = {name: evals.get(name).TRUTH for name in evals.EVALUATORS}
+    assert set(truths.values()) <= {"", "label", "mask", "depth", "boxes"}
+    assert (truths["knn"], truths["linear"], truths["accuracy"], truths["maps"]) == ("label", "label", "label", "")
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [

@@ -3,7 +3,7 @@ device; it counts the samples that could not be read."""
 
 import itertools
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import jax
 import numpy as np
@@ -35,25 +35,38 @@ def feed(
     workers: int = 0,
     cache: str = "none",
     max_bad: float = 1.0,
+    key: str = "--config.data.max_bad",
 ) -> "Feed":
     """Batches of steps start_step … stop_step - 1, axis 0 over data x fsdp.
 
     Args:
-      fields: what of the samples the step takes ("image", "label").
+      fields: what of the samples the step takes ("image", "label"); empty: all that the transform gives.
       cache: "none" decodes every image every time; "host" and "device" decode the whole set once and keep it (uint8) in
         the memory of every host or device. The batches are the same, those with replaced samples too.
       max_bad: share of replaced samples past which there is an error, see `Feed`; 1: any share is taken.
+      key: what a user calls `max_bad`, for the message of that error.
     """
     args = {"seed": seed, "batch_size": batch_size, "start_step": start_step, "stop_step": stop_step}
     if cache == "none":
         stream = _decode_each(source, transform, mesh, fields, workers, args)
     else:
         arrays, readable = decoded(source, transform)
-        arrays = {name: arrays[name] for name in fields}
+        arrays = {name: arrays[name] for name in fields or arrays}
         size = sum(a.nbytes for a in arrays.values()) / 2**20
         logging.info("data: %d decoded samples (%.0f MiB) kept on the %s", readable.sum(), size, cache)
         stream = _from_memory(arrays, readable, mesh, cache == "device", args)
-    return Feed(stream, source, Order(len(source), seed), batch_size, start_step, max_bad)
+    return Feed(stream, source, Order(len(source), seed), batch_size, start_step, max_bad, key)
+
+
+def feed_rows(
+    arrays: Mapping[str, np.ndarray], mesh: Mesh, *, seed: int, batch_size: int, start_step: int, stop_step: int
+) -> "Feed":
+    """As `feed`, of samples that are NumPy arrays already, (N, …) each, alike on every process; they may be on disk,
+    mapped into memory."""
+    args = {"seed": seed, "batch_size": batch_size, "start_step": start_step, "stop_step": stop_step}
+    n = len(next(iter(arrays.values())))
+    stream = _from_memory(arrays, np.ones(n, bool), mesh, False, args)
+    return Feed(stream, None, Order(n, seed), batch_size, start_step, 1.0)
 
 
 class Feed:
@@ -69,9 +82,17 @@ class Feed:
     """
 
     def __init__(
-        self, stream: Iterator, source: Source, order: Order, batch_size: int, start_step: int, max_bad: float
+        self,
+        stream: Iterator,
+        source: Source | None,
+        order: Order,
+        batch_size: int,
+        start_step: int,
+        max_bad: float,
+        key: str = "--config.data.max_bad",
     ):
-        self.stream, self.source, self.order, self.batch_size, self.max_bad = stream, source, order, batch_size, max_bad
+        self.stream, self.source, self.order, self.batch_size = stream, source, order, batch_size
+        self.max_bad, self.key = max_bad, key
         self.start_step = self.step = start_step
         self.own = self.told = 0
         self.bad: dict[int, None] = {}
@@ -116,8 +137,8 @@ class Feed:
         names = ", ".join(self.source.name(index) for index in itertools.islice(self.bad, _NAMED))
         raise ValueError(
             f"{count} training samples could not be read and were replaced by others: {100 * share:.3g} % of "
-            f"{passes} x {n}, more than config.data.max_bad={self.max_bad:g} allows. Among them: "
-            f"{names or 'those that other processes name'}. Repair or remove the files, or raise --config.data.max_bad"
+            f"{passes} x {n}, more than {self.key}={self.max_bad:g} allows. Among them: "
+            f"{names or 'those that other processes name'}. Repair or remove the files, or raise {self.key}"
         )
 
 
@@ -128,7 +149,8 @@ def _decode_each(source, transform, mesh, fields, workers, args):
     )
     try:
         for batch in batches:
-            yield sharding.put({name: batch[name] for name in fields}, mesh), batch["replaced_b"]
+            replaced_b = batch.pop("replaced_b")
+            yield sharding.put({name: batch[name] for name in fields or batch}, mesh), replaced_b
     finally:
         if hasattr(batches, "close"):
             batches.close()

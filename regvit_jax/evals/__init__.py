@@ -14,9 +14,17 @@ from typing import Any, ClassVar
 
 EVALUATORS = {
     "accuracy": "regvit_jax.evals.accuracy",
+    "depth": "regvit_jax.evals.depth",
+    "discovery": "regvit_jax.evals.discovery",
     "knn": "regvit_jax.evals.knn",
     "linear": "regvit_jax.evals.linear",
+    "linear_grid": "regvit_jax.evals.linear_grid",
+    "local": "regvit_jax.evals.local_probes",
+    "logreg": "regvit_jax.evals.logreg",
     "maps": "regvit_jax.evals.maps",
+    "norms": "regvit_jax.evals.norms",
+    "segmentation": "regvit_jax.evals.segmentation",
+    "tokens": "regvit_jax.evals.single_token",
 }
 
 
@@ -34,6 +42,7 @@ class Evaluator:
     """
 
     NEEDS: ClassVar[tuple[str, ...]] = ("data", "eval_data")  # the sources without which it cannot run
+    TRUTH: ClassVar[str] = ""  # what their samples must have beside an image: label | mask | depth | boxes
 
     data: str = option("", "source that it learns from; empty: data.train of the run")
     eval_data: str = option("", "source that it is measured on; empty: data.eval, or what belongs to `data`")

@@ -22,6 +22,7 @@ class Accuracy(Evaluator):
     label."""
 
     NEEDS = ("eval_data",)
+    TRUTH = "label"
 
     def run(self, model, *, mesh, out_dir) -> dict[str, float]:
         source = source_of(self.eval_data)

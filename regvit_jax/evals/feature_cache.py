@@ -94,7 +94,7 @@ def keys_of(model: Model, source: Source, outputs: tuple[str, ...], norm: bool) 
     # Every field that is no array counts, also one that a later version adds; of `run` only the dtype changes numbers.
     fields = [field.name for field in dataclasses.fields(model) if field.name not in ("params", "run")]
     described = [f"{name}={getattr(model, name)!r}" for name in fields]
-    common = [_FORMAT, _hash_once(model), *described, model.run.dtype, norm, source.fingerprint, len(source)]
+    common = [_FORMAT, hash_of(model), *described, model.run.dtype, norm, source.fingerprint, len(source)]
 
     def digest(output):
         return hashlib.blake2b("\n".join(map(str, [*common, output])).encode(), digest_size=20).hexdigest()
@@ -143,7 +143,8 @@ def weights_hash(model: Model) -> str:
     return digest.hexdigest()
 
 
-def _hash_once(model):
+def hash_of(model: Model) -> str:
+    """`weights_hash`, computed once inside `shared`. All processes must call it."""
     memory = _shared.get()
     if memory is None:
         return weights_hash(model)

@@ -31,11 +31,13 @@ from regvit_jax.trees import Array
 __all__ = [
     "Features",
     "batches",
+    "check_pair",
     "extract",
     "labelled_pair",
     "leave_out",
     "multiple_of",
     "place",
+    "pooled",
     "shared",
     "source_of",
 ]
@@ -108,6 +110,7 @@ def extract(
     cache_dir: str = "",
     workers: int = 0,
     max_bad: float = Evaluator.max_bad,
+    source: Source | None = None,
 ) -> Features:
     """Features of every image of a source.
 
@@ -121,6 +124,7 @@ def extract(
       batch_size: over all devices; rounded up to a multiple of what the mesh splits a batch into.
       cache_dir: folder of feature files; a damaged one is computed anew. Empty: none.
       max_bad: share of the images that may be unreadable; they are left out.
+      source: what to read where no string says it, such as a part of a source; `source_spec` is then only its name.
 
     Raises:
       ValueError: for an unknown output, a class token that the model has not, more unreadable images than that, or
@@ -128,7 +132,7 @@ def extract(
     """
     for output in outputs:
         _check_output(output, model)
-    source = source_of(source_spec)
+    source = source_of(source_spec) if source is None else source
     known = is_shared() or bool(cache_dir)
     # Inside `shared` another evaluator is likely to want the other vector: a pass costs far more than its memory.
     extra = [
@@ -172,16 +176,25 @@ def labelled_pair(options: Evaluator, model: Model, outputs: tuple[str, ...], me
         ).labelled()
         for spec in (options.data, options.eval_data)
     )
-    if train.class_names != test.class_names:
-        only = sorted(set(train.class_names) ^ set(test.class_names))
+    check_pair(train.source, train.class_names, train.fingerprint, test)
+    return train, test
+
+
+def check_pair(spec: str, class_names: tuple[str, ...], fingerprint: str, test: Features) -> None:
+    """Warns if a training source is the evaluation set itself.
+
+    Raises:
+      ValueError: if they do not have the same classes.
+    """
+    if class_names != test.class_names:
+        only = sorted(set(class_names) ^ set(test.class_names))
         what = f"only one has {', '.join(only[:5])}" if only else "their order differs"
         raise ValueError(
-            f"{train.source!r} and {test.source!r} do not have the same classes ({what}): a label would mean "
+            f"{spec!r} and {test.source!r} do not have the same classes ({what}): a label would mean "
             f"another thing in each; name two splits or slices of one source"
         )
-    if train.fingerprint == test.fingerprint:
-        _log.warning("%s and %s are the same samples: the numbers say nothing of new images", train.source, test.source)
-    return train, test
+    if fingerprint == test.fingerprint:
+        _log.warning("%s and %s are the same samples: the numbers say nothing of new images", spec, test.source)
 
 
 def place(model: Model, mesh: Mesh) -> Model:
@@ -278,7 +291,7 @@ def _compute(model, source, source_spec, outputs, norm, batch_size, mesh, worker
     pending = None
     with jax.set_mesh(mesh):
         for batch in batches(source, model.preprocessing, batch_size=batch_size, mesh=mesh, workers=workers):
-            computing = batch, _pooled(model, batch["image"], outputs, norm)
+            computing = batch, pooled(model, batch["image"], outputs, norm)
             # The devices work on this batch while the one before is fetched.
             if pending is not None:
                 done += collect(*pending)
@@ -306,8 +319,8 @@ def _same_rows(kept):
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
-def _pooled(model: Model, images_u8: Array, outputs: tuple[str, ...], norm: bool) -> dict[str, Array]:
-    """{output: (B, D) float32} of uint8 images."""
+def pooled(model: Model, images_u8: Array, outputs: tuple[str, ...], norm: bool) -> dict[str, Array]:
+    """{output: (B, D) float32} of uint8 images, for use inside jit too; `outputs` and `norm` as in `extract`."""
     depth, spec = model.config.depth, model.preprocessing
     module = model.module()
     matches = {output: _OUTPUT.fullmatch(output) for output in outputs}

@@ -6,7 +6,6 @@ artifacts show; the first principal component of the patches after the final nor
 
 import dataclasses
 import logging
-import os
 import pathlib
 
 import jax
@@ -18,6 +17,7 @@ from regvit_jax.data.augment import normalize
 from regvit_jax.data.sources import Subset
 from regvit_jax.evals import Evaluator, option
 from regvit_jax.evals.features import batches, leave_out, place, source_of
+from regvit_jax.evals.pictures import grid, short
 from regvit_jax.models.model import Model
 from regvit_jax.trees import Array
 
@@ -101,45 +101,22 @@ def _norm(x: Array) -> Array:
 
 
 def _title(source, index):
-    """File name and class, short enough to stand beside an image."""
-    label = source[index].get("label", -1)
-    name = os.path.basename(source.name(index))
-    name = name if len(name) <= 24 else name[:11] + "…" + name[-12:]
+    """File name and class."""
+    label, name = source[index].get("label", -1), short(source.name(index))
     return f"{name}\n{source.class_names[label]}" if 0 <= label < len(source.class_names) else name
 
 
 def _draw(path, images, norms, components, titles):
-    # The object interface: no window system, and no state shared with other pictures of the program.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    rows, side = len(images), 1.6
-    figure = Figure(figsize=(3 * side, rows * side + 0.2))
-    grid = dict(left=0, right=1, bottom=0, top=1, wspace=0.05, hspace=0.05, height_ratios=[1] * rows + [0.07])
-    *axes, bars = figure.subplots(rows + 1, 3, gridspec_kw=grid)
     # One scale for all images: an artifact of one is to be seen against the others, not hidden by a scale of its own.
     bound = np.percentile(np.abs(components), 99) or 1.0
-    for row, (line, title) in enumerate(zip(axes, titles, strict=True)):
-        line[0].imshow(images[row])
-        norm_map = line[1].imshow(
-            norms[row], cmap="viridis", vmin=norms.min(), vmax=norms.max(), interpolation="nearest"
-        )
-        component_map = line[2].imshow(components[row], cmap="RdBu_r", vmin=-bound, vmax=bound, interpolation="nearest")
-        # A file name may hold $, which matplotlib would take for a formula.
-        line[0].set_ylabel(title, rotation=0, ha="right", va="center", fontsize=7, parse_math=False)
-        for axis in line:
-            axis.set(xticks=[], yticks=[])
-    for axis, heading in zip(axes[0], ("image", "patch norm, last block", "first component"), strict=True):
-        axis.set_title(heading, fontsize=9)
-    bars[0].set_axis_off()
-    for axis, shown, label in ((bars[1], norm_map, "L2 norm"), (bars[2], component_map, "projection")):
-        bar = figure.colorbar(shown, cax=axis, orientation="horizontal")
-        bar.ax.tick_params(labelsize=7)
-        bar.set_label(label, fontsize=7)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}")
-    FigureCanvasAgg(figure).print_figure(unfinished, dpi=110, format="png", bbox_inches="tight")
-    os.replace(unfinished, path)
+    norm_scale = {"cmap": "viridis", "vmin": norms.min(), "vmax": norms.max()}
+    component_scale = {"cmap": "RdBu_r", "vmin": -bound, "vmax": bound}
+    rows = [
+        [image, (norm, norm_scale), (component, component_scale)]
+        for image, norm, component in zip(images, norms, components, strict=True)
+    ]
+    headings = ["image", "patch norm, last block", "first component"]
+    grid(path, rows, headings, titles, bars={1: "L2 norm", 2: "projection"}, side=1.6)
 
 
 EVALUATOR = Maps

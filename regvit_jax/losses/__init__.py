@@ -7,9 +7,17 @@ import importlib
 
 _EXPORTS = {
     "bce": "classification",
+    "centered_softmax": "sinkhorn",
+    "dino_loss": "dino",
+    "ibot_loss": "ibot",
+    "koleo_loss": "koleo",
+    "log_gradient_loss": "depth",
     "one_hot": "classification",
+    "sig_loss": "depth",
+    "sinkhorn_knopp": "sinkhorn",
     "softmax_xent": "classification",
     "top_k_correct": "classification",
+    "update_center": "sinkhorn",
 }
 
 __all__ = sorted(_EXPORTS)

@@ -76,9 +76,9 @@ def test_a_model_that_is_sharded_stays_so(model, mesh8, source):
 
 
 def test_all_batches_are_one_compilation(model, mesh, source):
-    before = features._pooled._cache_size()
+    before = features.pooled._cache_size()
     extract(model, source, outputs=("block0/mean_patch",), batch_size=2, mesh=mesh)
-    assert features._pooled._cache_size() == before + 1
+    assert features.pooled._cache_size() == before + 1
 
 
 def test_earlier_blocks_and_the_residual_stream(model, mesh, source):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from regvit_jax.evals.knn import KNN, knn_accuracy
+from regvit_jax.evals.knn import KNN, draw, few_shot_accuracy, knn_accuracy
 
 # Angles in degrees on the unit circle: who is near whom can be read off.
 BANK = np.array([0, 10, 12, 90, 95, 180])
@@ -103,6 +103,51 @@ def test_evaluator_names_the_best_k(model, mesh, make_npz, tmp_path):
     assert all(type(value) is float for value in got.values())
 
 
+def test_banks_may_be_files_of_half_precision(mesh, tmp_path):
+    """Mapped into memory and read part by part: the numbers of the same values in memory."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(4, size=60)
+    x = (rng.normal(size=(60, 8)) + np.eye(4, 8)[labels]).astype(np.float16)
+    np.save(tmp_path / "bank.npy", x)
+    mapped = np.load(tmp_path / "bank.npy", mmap_mode="r")
+    options = dict(num_classes=4, k=(5, 10), bank=16, mesh=mesh)
+    got = knn_accuracy(mapped[:40], labels[:40], mapped[40:], labels[40:], **options)
+    want = protocol(x[:40], labels[:40], x[40:], labels[40:], 4, (5, 10), 0.07)
+    assert got == {name: want[name] for name in ("top1_k5", "top1_k10")}
+
+
+def test_samples_are_drawn_by_class_and_seed():
+    labels = np.array([2, 0, 2, 2, 0, 1, 2])
+    first = draw(labels, 2, seed=0)
+    assert (np.bincount(labels[first]) == [2, 1, 2]).all(), "class 1 has only one"
+    assert (np.diff(first) > 0).all() and (draw(labels, 2, seed=0) == first).all()
+    drawn = {tuple(draw(labels, 2, seed=seed)) for seed in range(40)}
+    assert len(drawn) == 6, "two of the four of class 2"
+    assert (draw(labels, 9, seed=0) == np.arange(7)).all()
+
+
+def test_few_shots_are_means_over_draws_with_the_k_up_to_their_number(mesh):
+    """k of 1, 2, 10 with 3 a class become 1, 2, 3, and the softmax runs over 3 neighbours."""
+    rng = np.random.default_rng(1)
+    centres, labels, test_labels = rng.normal(size=(6, 5)), np.arange(48) % 6, np.arange(30) % 6
+    train = (centres[labels] + rng.normal(size=(48, 5))).astype(np.float32)
+    test = (centres[test_labels] + rng.normal(size=(30, 5))).astype(np.float32)
+    got = few_shot_accuracy(train, labels, test, test_labels, n=3, tries=2, k=(1, 2, 10), num_classes=6, mesh=mesh)
+    draws = [draw(labels, 3, seed) for seed in (0, 1)]
+    each = [protocol(train[d], labels[d], test, test_labels, 6, (1, 2, 3), 0.07) for d in draws]
+    assert each[0] != each[1]
+    want = {name.replace("_k", "_n3_k"): (value + each[1][name]) / 2 for name, value in each[0].items()}
+    assert got == pytest.approx(want)
+
+
+def test_evaluator_with_few_shots_and_with_all(model, mesh, make_npz, tmp_path):
+    path = make_npz("colours.npz", train=[0, 1, 2, 3] * 6, test=[0, 1, 2, 3] * 2)
+    data = dict(data=f"npz:{path}", eval_data=f"npz:{path}#test", batch_size=8, feature="mean_patch")
+    got = KNN(**data, k=(1, 4), n_per_class=(0, 2), tries=3).run(model, mesh=mesh, out_dir=tmp_path)
+    assert list(got) == ["top1", "top1_k1", "top1_k4", "top1_n2", "top1_n2_k1", "top1_n2_k2"]
+    assert got["top1_n2"] == max(got["top1_n2_k1"], got["top1_n2_k2"])
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -111,6 +156,8 @@ def test_evaluator_names_the_best_k(model, mesh, make_npz, tmp_path):
         (dict(k=5), "k takes a tuple"),
         (dict(k=(1.5,)), r"k\[0\] takes a int"),
         (dict(temperature=0.0), "temperature must be positive"),
+        (dict(n_per_class=()), "n_per_class must be 0 or more"),
+        (dict(tries=0), "tries must be at least 1"),
         (dict(batch_size=0), "batch_size must be at least 1"),
         (dict(workers=True), "workers takes a int"),
     ],

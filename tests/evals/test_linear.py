@@ -6,7 +6,8 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 
-from regvit_jax.evals import linear
+from regvit_jax import sharding
+from regvit_jax.evals import convex_fit
 from regvit_jax.evals.linear import Linear, linear_accuracy
 
 # One shape for all tests: the optimiser is compiled once a shape, and that is most of their time.
@@ -29,12 +30,12 @@ def standard(features, like=None):
 
 def solved(x, labels, l2, mesh, used=None):
     """The head that `fit` finds on standardised features, on the host; and the number of steps."""
+    layout = dict(num_classes=C, mesh=mesh)
     with jax.set_mesh(mesh):
-        x, y = linear._place(x, labels, mesh)
-        axes = linear._principal_axes(x, N, mesh)
-        used = linear._place_mask(np.ones(N, bool) if used is None else used, mesh)
-        start = linear.sharding.replicate(linear._zero_head(D, C), mesh)
-        head, steps, _ = linear.fit(x, y, *axes, used, l2, start, 200)
+        rows = convex_fit.prepare(x, labels, convex_fit.standard_of(x, scale=True), **layout)
+        used = convex_fit.place_mask(np.ones(N, bool) if used is None else used, **layout)
+        start = sharding.replicate(convex_fit.zero_head(D, C), mesh)
+        head, steps, _ = convex_fit.fit(*rows, used, l2, start, 200)
     return jax.tree.map(np.asarray, head), int(steps)
 
 
@@ -76,9 +77,9 @@ def test_one_compilation_for_all_penalties_and_the_same_numbers_on_any_mesh(mesh
     problem = train, LABELS, test, LABELS
     options = dict(num_classes=C, l2=(1.0, 1e-1, 1e-2))
     one = linear_accuracy(*problem, mesh=mesh, **options)
-    before = linear.fit._cache_size()
+    before = convex_fit.fit._cache_size()
     eight = linear_accuracy(*problem, mesh=mesh8, **options)
-    assert linear.fit._cache_size() == before + 1
+    assert convex_fit.fit._cache_size() == before + 1
     assert eight == one and 0.4 < one["top1"] < 0.95
     want = reference(standard(train), LABELS, one["l2"]).score(standard(test, like=train), LABELS)
     assert one["top1"] == pytest.approx(want, abs=0.006), "one of the 203 may go either way"
@@ -89,7 +90,7 @@ def test_the_penalty_is_the_best_on_a_tenth_that_is_held_out(signal, mesh):
     """Eleven features are noise; the first may say all. The tenth is 20 samples: ties in top-1 go to the lower loss."""
     features = np.random.default_rng(1).normal(size=(N, D)).astype(np.float32)
     features[:, 0] += signal * LABELS
-    used, held_out = linear._split(N)
+    used, held_out = convex_fit.split(N)
     assert held_out.sum() == 20 and (used ^ held_out).all()
     x, judged = standard(features), {}
     for l2 in (1.0, 1e-1, 1e-2, 1e-4):
