@@ -22,5 +22,11 @@ def get_config():
     c.log_every, c.save_every, c.eval_every = 25, 200, 568
     c.evals.knn = evaluator("knn", at_start=True)
     c.evals.linear = evaluator("linear", at_start=True)
+    c.evals.segmentation = evaluator(
+        "segmentation", steps=300, lr=5e-3, ratio=(0.75, 1.5), distort=False, at_start=True
+    )
+    c.evals.depth = evaluator(
+        "depth", steps=300, train_batch_size=16, lr=(1e-2,), warmup=0.2, batch_size=64, at_start=True
+    )
     c.evals.maps = evaluator("maps", at_start=True)
     return c

@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
 _EVAL = """examples:
   regvit eval --model=runs/quickstart --task=knn --data=folder:/my/images --out=results.json
   regvit eval --model=runs/quickstart --task=segmentation --data=pairs:/my/photos,/my/masks?ignore=255 --untrained
-  regvit eval --model=dinov2_vits14_reg4 --task=depth --data=nyud:/data/nyu --set blocks=2,5,8,11
+  regvit eval --model=dinov2_vits14_reg4 --task=depth --data=nyud:/data/nyu --set layers=4
 --set KEY=VALUE changes an option of every task, --set TASK.KEY=VALUE of one; a wrong KEY lists those there are."""
 
 

@@ -48,7 +48,7 @@ class Run:
         1, "G: what the references compute per GPU is computed per group of batch_size / G images; 1 = globally"
     )
     dtype: str = key("auto", "of residual stream and matmuls: float32 | bfloat16 | auto (bfloat16 on GPU and TPU)")
-    init_from: str = key("", "folder of a saved model or a workdir whose weights the run starts from")
+    init_from: str = key("", "weights the run starts from: whatever rv.load_model takes; adapted to config.model")
     log_every: int = key(50, "steps between progress lines and metrics", runtime=True)
     save_every: int = key(1000, "steps between checkpoints; 0 = no checkpoints at all", runtime=True)
     eval_every: int = key(1000, "steps between evaluations; 0 = no evaluation at all", runtime=True)
@@ -85,8 +85,11 @@ class ModelKeys:
     class_token: bool | None = key(None, "whether there is one")
     mask_token: bool | None = key(None, "whether there is one")
     pool: str | None = key(None, "what the head sees: token | avg | token_avg | map")
+    norm_eps: float | None = key(None, "epsilon of every LayerNorm")
+    pre_norm: bool | None = key(None, "LayerNorm before the first block")
     final_norm: bool | None = key(None, "LayerNorm over all tokens at the end")
     fc_norm: bool | None = key(None, "LayerNorm on the pooled vector")
+    token_init_std: float | None = key(None, "of class and register tokens at initialisation")
     num_classes: int | None = key(None, "classes of the head; unset = those of data.train")
 
 
@@ -107,6 +110,7 @@ class DataKeys:
     max_bad: float = key(
         0.01, "share of unreadable training images, replaced and named, past which the run stops", runtime=True
     )
+    augment_on: str = key("device", "where a recipe that cuts its own crops does so: device (in the step) | host")
     cache: str = key("none", "keep the decoded set: none | host | device; needs crop center or none", runtime=True)
 
 
@@ -133,7 +137,7 @@ _RUNTIME_SECTIONS = ("evals",)
 
 
 def defaults(recipe: str) -> ConfigDict:
-    """A locked config in which every key of a recipe exists.
+    """A locked config in which every key of a recipe exists, common keys with the values that suit it.
 
     Raises:
       ValueError: for an unknown recipe; lists the known ones.
@@ -146,6 +150,7 @@ def defaults(recipe: str) -> ConfigDict:
     config.evals = ConfigDict()
     config.lock()
     config.evals.unlock()
+    config.update_from_flattened_dict(_recipe(recipe).DEFAULTS)
     return config
 
 
@@ -217,6 +222,7 @@ def validate(config: ConfigDict, *, devices: int) -> None:
         "attention": ("auto", "cudnn", "xla", "reference"),
         "xla_flags": ("default", "none"),
         "data.crop": ("rrc", "center", "none"),
+        "data.augment_on": ("device", "host"),
         "data.cache": ("none", "host", "device"),
     }
     for name, values in choices.items():

@@ -4,6 +4,7 @@ By formula, because a compiler's count sees the body of a scan once. One multipl
 """
 
 import functools
+import itertools
 import re
 import time
 
@@ -50,7 +51,7 @@ def num_tokens(config, image_size: int | tuple[int, int] | None = None) -> int:
     return patches + config.registers + int(config.class_token)
 
 
-def forward_flops(config, image_size: int | tuple[int, int] | None = None) -> float:
+def forward_flops(config, image_size: int | tuple[int, int] | None = None, *, kept: float = 1.0) -> float:
     """FLOPs of one image's forward pass: matmuls of the patch embedding, the blocks and the head.
 
     2 N per weight of the blocks, 4 N^2 D per block for attention (counted full: scores and weighted sum), 2 per patch
@@ -61,6 +62,7 @@ def forward_flops(config, image_size: int | tuple[int, int] | None = None) -> fl
       config: anything with width, depth, mlp_dim, activation, patch_size, image_size, registers, class_token and
           num_classes. `mlp_dim` is the hidden width after the gate of SwiGLU, which has three matrices and not two.
       image_size: side, or (height, width), in pixels; None: config.image_size.
+      kept: share of the blocks' branches that is computed, where stochastic depth leaves some out.
     """
     tokens = num_tokens(config, image_size)
     patches = tokens - config.registers - int(config.class_token)
@@ -69,7 +71,17 @@ def forward_flops(config, image_size: int | tuple[int, int] | None = None) -> fl
     blocks = config.depth * (2 * tokens * block_weights + 4 * tokens**2 * config.width)
     embedding = 2 * patches * 3 * config.patch_size**2 * config.width
     head = 2 * config.width * config.num_classes
-    return float(blocks + embedding + head)
+    return float(kept * blocks + embedding + head)
+
+
+def head_flops(config) -> float:
+    """FLOPs of one token through a projection head and its prototypes.
+
+    Args:
+      config: anything with width, hidden, bottleneck, prototypes and layers (see `models.prototype_head.HeadConfig`).
+    """
+    sizes = [config.width, *[config.hidden] * (config.layers - 1), config.bottleneck, config.prototypes]
+    return 2.0 * sum(inputs * outputs for inputs, outputs in itertools.pairwise(sizes))
 
 
 def training_flops(config, image_size: int | tuple[int, int] | None = None) -> float:

@@ -22,7 +22,7 @@ from regvit_jax.convert.table import Reading
 from regvit_jax.data.transforms import Preprocess
 from regvit_jax.models.config import Execution, ViTConfig
 from regvit_jax.models.model import Model, abstract_params, init_params
-from regvit_jax.trees import named, unname
+from regvit_jax.trees import Tree, named, unname
 
 FORMAT = 1
 WEIGHTS, CONFIG = "params.safetensors", "model.json"
@@ -99,6 +99,27 @@ def load_model(
     for note in notes:
         logging.info("%s: %s", path, note)
     return model if model.origin is None else dataclasses.replace(model, origin=model.origin.noted(*notes))
+
+
+def load_trained(path: str | os.PathLike) -> tuple[Model, dict[str, Tree]]:
+    """(model, {name: tree}) of whatever `load_model` takes.
+
+    The trees are what a training workdir holds beside the backbone of its model, such as the projection heads of a
+    teacher, as NumPy arrays; {} where there is nothing.
+
+    Raises:
+      FileNotFoundError, ValueError: as `load_model` does.
+    """
+    place = pathlib.Path(path)
+    if (place / CONFIG).is_file() or not (place / "checkpoints").is_dir():
+        return load_model(path), {}
+    description, arrays = _newest(place)
+    parent = description["prefix"].rstrip("/").rpartition("/")[0]
+    heads = {}
+    if parent:
+        beside = [n for n in arrays if n.startswith(f"{parent}/") and not n.startswith(description["prefix"])]
+        heads = unname({name.removeprefix(f"{parent}/"): arrays[name] for name in beside})
+    return _in_state(description, arrays, place, "float32"), heads
 
 
 def from_torch(
@@ -322,13 +343,21 @@ def _write_foreign(model: Model, path: pathlib.Path, family: str, kind: str | No
 
 def _from_workdir(place: pathlib.Path, dtype: str) -> Model:
     """The model in a workdir's latest checkpoint."""
+    return _in_state(*_newest(place), place, dtype)
+
+
+def _newest(place: pathlib.Path) -> tuple[dict, dict[str, np.ndarray]]:
+    """The description of the model in a workdir's latest checkpoint, and the arrays of the item that holds it."""
     with checkpoint.Checkpoints(place, create=False) as checkpoints:
 
         def read(step):
             description = checkpoints.meta(step)["model"]
             return description, named(checkpoints.restore_item(description["item"], step))
 
-        description, arrays = checkpoints.newest(read)
+        return checkpoints.newest(read)
+
+
+def _in_state(description: dict, arrays: Mapping[str, np.ndarray], place: pathlib.Path, dtype: str) -> Model:
     prefix = description["prefix"]
     flat = {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
     return restore(description, flat, where=str(place), dtype=dtype)

@@ -22,7 +22,6 @@ from regvit_jax import evaluate, flops, hub, metrics
 from regvit_jax.checkpoint import Checkpoints
 from regvit_jax.data.feed import Feed, feed
 from regvit_jax.data.sources import Source
-from regvit_jax.data.transforms import TrainTransform
 from regvit_jax.optim import Optimizer
 from regvit_jax.recipes.base import Recipe
 from regvit_jax.stopping import Stop, Stopped
@@ -86,7 +85,7 @@ class Loop:
     ):
         self.config, self.step, self.source, self.trained_on = config, step, source, trained_on
         self.evals, self.workdir, self.writer, self.saved = evals, workdir, writer, saved
-        self.delayed = metrics.Delayed()
+        self.delayed, self.alarms = metrics.Delayed(), metrics.Alarms()
         self.last_saved: int | None = None
         self.last: dict[str, float] = {}
         self.scores: dict[str, float] = {}
@@ -163,14 +162,12 @@ class Loop:
         return train_state, data["step"], meta["device_hours"]
 
     def _batches(self, start: int) -> Feed:
-        c, spec = self.config, self.step.recipe.input_spec
-        d, fields = c.data, tuple(spec)
-        size = spec["image"].shape[1]
+        c, d, recipe = self.config, self.config.data, self.step.recipe
         return feed(
             self.source,
-            TrainTransform(size, d.crop, tuple(d.scale), tuple(d.ratio), d.interpolation, fields=fields),
+            recipe.transform,
             self.step.mesh,
-            fields=fields,
+            fields=tuple(recipe.input_spec),
             seed=c.seed,
             batch_size=c.batch_size,
             start_step=start,
@@ -205,7 +202,7 @@ class Loop:
         step, values = measured
         saved = None if self.last_saved is None else self.workdir / "checkpoints" / str(self.last_saved)
         try:
-            metrics.check_finite(step, values, saved, self.delayed.recent)
+            metrics.check_finite(step, values, saved, self.delayed.recent, self.step.recipe.WHEN_NOT_FINITE)
         except metrics.NonFiniteError:
             self.writer.write(step, values)
             raise
@@ -217,6 +214,9 @@ class Loop:
             self.last = values | self.clock.tick(step) | ({"replaced": replaced} if replaced else {})
             self.writer.write(step, self.last)
             logging.info(metrics.progress_line(step, total, self.last))
+            for warning in self.alarms.hear(self.step.recipe.alarms(step, values)):
+                if jax.process_index() == 0:  # all of them have the same metrics
+                    logging.warning("step %d: %s", step, warning)
 
     def _pauses(self, step: int, stopping: bool) -> bool:
         """Whether something is to be done after this step besides going on."""

@@ -67,6 +67,12 @@ def constrain(x: Array, *spec) -> Array:
     return jax.lax.with_sharding_constraint(x, P(*spec))
 
 
+def constrain_examples(x: Array, axis: int = 0) -> Array:
+    """`x` with this axis of examples (or groups) over data x fsdp, if it divides by them; otherwise as it is."""
+    devices = math.prod(axis_size(name) for name in BATCH)
+    return x if x.shape[axis] % devices else constrain(x, *[None] * axis, BATCH)
+
+
 def axis_size(name: str) -> int:
     """Devices along an axis of the mesh in use; 1 where there is none."""
     mesh = jax.sharding.get_abstract_mesh()

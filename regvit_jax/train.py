@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import zlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -27,10 +28,14 @@ def build_step(config: ConfigDict, mesh: Mesh, loaded: dict[str, Any] | None = N
     Args:
       config: validated; config.model.num_classes is set if the recipe needs labels.
       mesh: from `sharding.make_mesh`.
-      loaded: models that `recipe.init` starts from.
+      loaded: of `read`, what `recipe.init` starts from.
+
+    Raises:
+      ValueError: for a config that the recipe refuses, or weights that do not fit it.
     """
-    loaded = loaded or {}
     recipe = configs.recipe_class(config)(config)
+    # In the host's memory, where it may lie for as long as the run lasts.
+    loaded = jax.device_get(recipe.prepare(loaded or {}))
     tensor, heads, hidden = mesh.shape["tensor"], recipe.vit.num_heads, recipe.vit.mlp_dim
     if heads % tensor or hidden % tensor:
         raise ValueError(f"config.mesh.tensor={tensor} must divide the {heads} heads and {hidden} hidden units")
@@ -61,6 +66,14 @@ def build_step(config: ConfigDict, mesh: Mesh, loaded: dict[str, Any] | None = N
     return Step(jitted, abstract, lambda: state.create(*place), recipe, optimizer, mesh)
 
 
+def read(paths: Mapping[str, str]) -> dict[str, Any]:
+    """{name: Model, "name:heads": {name: tree}} of the models that a recipe asks for, with what lies beside them."""
+    loaded = {}
+    for name, path in paths.items():
+        loaded[name], loaded[f"{name}:heads"] = hub.load_trained(path)
+    return loaded
+
+
 def stream(seed: int, name: str) -> Array:
     """The key of a named stream of randomness (init, augment, loss, eval), all from one root."""
     return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
@@ -86,14 +99,14 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> Result:
             configs.validate(config, devices=jax.device_count())
             config, source, data = prepare(config)
             mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-            evals = evaluate.build(config.evals, data_train=data[0], data_eval=data[1]) if config.eval_every else {}
+            sources = {"data_train": data[0], "data_eval": data[1]}
+            evals = evaluate.build(config.evals, **sources, leave_out=True) if config.eval_every else {}
             folder = stack.enter_context(Workdir(workdir, active=first))
         if others := differing(configs.to_json(config)):
             raise ValueError(f"processes {others} were started with another config than process 0: give all the same")
-        loaded = {"init_from": hub.load_model(config.init_from)} if config.init_from else {}
         stack.enter_context(jax.set_mesh(mesh))
         with together():
-            step = build_step(config, mesh, loaded)
+            step = build_step(config, mesh, read(configs.recipe_class(config).paths(config)))
             folder.bind(config)
         folder.record_environment(jax.devices())
         use_compilation_cache(config.compile_cache)

@@ -6,6 +6,7 @@ import json
 import logging
 from pathlib import Path
 
+import jax
 import pytest
 from ml_collections import ConfigDict
 
@@ -14,6 +15,7 @@ from regvit_jax.config import COMMON, Run, defaults, differences, evaluator, is_
 from regvit_jax.evals import EVALUATORS, get
 from regvit_jax.optim import OptimConfig, lr_schedule
 from regvit_jax.recipes import RECIPES
+from regvit_jax.trees import named
 
 SHIPPED = sorted(Path(__file__).parent.parent.glob("configs/*.py"))
 SECTIONS = {"": Run, **COMMON, "optim": OptimConfig} | {
@@ -31,7 +33,7 @@ def changed(**flat):
 
 @pytest.mark.parametrize("section", SECTIONS)
 def test_every_key_has_a_default_of_its_type_and_a_meaning(section):
-    config = defaults("supervised")
+    config = defaults(section if section in RECIPES else "supervised")
     values = config if not section else config[section]
     fields = dataclasses.fields(SECTIONS[section])
     assert fields
@@ -43,10 +45,24 @@ def test_every_key_has_a_default_of_its_type_and_a_meaning(section):
             values[field.name] = object()
 
 
-def test_there_are_no_other_keys_than_those_of_the_sections():
-    config = defaults("supervised")
-    names = {f"{s}.{f.name}".lstrip(".") for s, cls in SECTIONS.items() for f in dataclasses.fields(cls)}
-    assert set(configs.flat(config)) == names | {"schema", "recipe"}
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_there_are_no_other_keys_than_those_of_the_sections(recipe):
+    sections = {name: cls for name, cls in SECTIONS.items() if name == recipe or name not in RECIPES}
+    names = {f"{s}.{f.name}".lstrip(".") for s, cls in sections.items() for f in dataclasses.fields(cls)}
+    assert set(configs.flat(defaults(recipe))) == names | {"schema", "recipe"}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_what_a_recipe_wants_otherwise_than_others_is_a_common_key(recipe):
+    """Its own keys have their defaults where they are declared; a common key of another type would be refused."""
+    wanted, config = configs.recipe_class(defaults(recipe)).DEFAULTS, defaults(recipe)
+    assert {name: configs.get(config, name) for name in wanted} == dict(wanted)
+    assert not [name for name in wanted if name.startswith(f"{recipe}.")] and config.is_locked
+    others = {name: value for name, value in configs.flat(config).items() if name not in wanted}
+    for section, cls in SECTIONS.items():
+        for field in dataclasses.fields(cls) if section not in RECIPES else ():
+            name = f"{section}.{field.name}".lstrip(".")
+            assert name in wanted or others[name] == configs.flat({name: field.default})[name], name
 
 
 def test_unset_keys_have_a_type_too():
@@ -60,7 +76,7 @@ def test_unset_keys_have_a_type_too():
 
 
 def test_names_that_do_not_exist_are_told_with_those_that_do():
-    with pytest.raises(ValueError, match="unknown recipe 'supervized'; known: supervised"):
+    with pytest.raises(ValueError, match="unknown recipe 'supervized'; known: .*supervised"):
         defaults("supervized")
     with pytest.raises(ValueError, match="unknown evaluator 'kn'; known: .*knn"):
         evaluator("kn")
@@ -103,6 +119,7 @@ def test_a_config_that_can_be_passes():
         ({"attention": "flash"}, "must be one of auto, cudnn, xla, reference"),
         ({"remat": "some"}, "must be one of none, dots, named, full"),
         ({"xla_flags": "all"}, "must be one of default, none"),
+        ({"data__augment_on": "moon"}, "config.data.augment_on='moon' .* one of device, host"),
         ({"data__max_bad": 1.5}, "config.data.max_bad=1.5 is not possible: a share, from 0 to 1"),
         ({"data__train": ""}, "config.data.train='' .* folder:/my/images"),
         ({"data__crop": "rrc", "data__cache": "host"}, "config.data.cache='host' .*set data.crop to center or none"),
@@ -170,7 +187,11 @@ def test_every_shipped_config_is_possible_documented_and_survives_json(path, cap
     for devices in (1, 8):
         validate(config, devices=devices)
     config.model.num_classes = 10
-    configs.recipe_class(config)(config)
+    recipe = configs.recipe_class(config)(config)
+    params, _ = jax.eval_shape(recipe.init, jax.random.key(0), {})
+    assert all(recipe.param_groups(path).lr_schedule in recipe.schedules() for path in named(params))
+    assert {spec.shape[0] for spec in recipe.input_spec.values()} == {config.batch_size}
+    assert recipe.train_flops() > 0
     for options in config.evals.values():
         own = {name: value for name, value in options.items() if name not in ("type", "every", "at_start")}
         get(options.type)(**own)

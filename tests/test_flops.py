@@ -39,6 +39,20 @@ def test_by_hand_for_one_tiny_block():
     assert flops.training_flops(config) == 3 * flops.forward_flops(config)
 
 
+def test_what_stochastic_depth_leaves_out_is_of_the_blocks_alone():
+    config = vit(5, 1, 11, 2, image_size=(4, 6), registers=1, class_token=False, num_classes=4)
+    ends = 2 * 6 * 12 * 5 + 2 * 5 * 4
+    blocks = flops.forward_flops(config) - ends
+    assert flops.forward_flops(config, kept=0.25) == blocks / 4 + ends
+
+
+def test_a_head_by_hand():
+    sizes = SimpleNamespace(width=3, hidden=5, bottleneck=2, prototypes=7, layers=3)
+    assert flops.head_flops(sizes) == 2 * (3 * 5 + 5 * 5 + 5 * 2 + 2 * 7)
+    sizes.layers = 1
+    assert flops.head_flops(sizes) == 2 * (3 * 2 + 2 * 7)
+
+
 def test_a_compiler_counts_the_same_for_an_unrolled_block():
     config = vit(16, 1, 64, 4, image_size=8, registers=0, class_token=False)
 

@@ -186,8 +186,10 @@ def test_a_loss_that_is_not_finite_ends_the_run(config, tmp_path, monkeypatch, c
     monkeypatch.setattr(main, "_CONFIG", types.SimpleNamespace(value=config))
     monkeypatch.setattr(main, "_WORKDIR", types.SimpleNamespace(value=str(tmp_path)))
     monkeypatch.setattr(main, "set_up_logging", lambda: None)
+    monkeypatch.setattr(Recipe, "WHEN_NOT_FINITE", "under this recipe also try a smaller step")
     assert main.main(["regvit"]) == 1
     assert "step 2: " in caplog.text and "update_norm is inf" in caplog.text
+    assert "also try a smaller step" in caplog.text
     assert f"last good checkpoint: {tmp_path / 'checkpoints' / '1'}" in caplog.text
     last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
     assert (last["step"], last["update_norm"]) == (2, "Infinity")

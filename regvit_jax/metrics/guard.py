@@ -58,6 +58,7 @@ def check_finite(
     metrics: Mapping[str, float],
     last_checkpoint: int | str | None = None,
     recent: Sequence[tuple[int, Mapping[str, float]]] = (),
+    advice: str = "",
 ) -> None:
     """Stops the run at the first metric that is NaN or infinite.
 
@@ -66,6 +67,7 @@ def check_finite(
       metrics: host floats of one step, equal on every process, so that all of them stop together.
       last_checkpoint: what names the last good checkpoint, a step or a path; None if there is none.
       recent: (step, metrics) of steps before, for the message.
+      advice: what else to try under this recipe.
 
     Raises:
       NonFiniteError: naming the step, the metrics, how they came about, the last checkpoint and what to try.
@@ -88,4 +90,4 @@ def check_finite(
         "the same config fails again at the same step: lower optim.lr, lengthen the warm-up, clip gradients harder, or "
         "rule out precision with dtype='float32'; if the first steps fail already, look at the images and labels"
     )
-    raise NonFiniteError("\n  ".join(lines))
+    raise NonFiniteError("\n  ".join([*lines, *([advice] if advice else [])]))

@@ -4,7 +4,7 @@ They hold Params only: no RNG, no mutable state; keys come with the call.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from regvit_jax.models.config import Execution, ViTConfig
 from regvit_jax.ops.attention import attention, attention_weights
-from regvit_jax.sharding import BATCH, axis_size, constrain
+from regvit_jax.sharding import BATCH, axis_size, constrain, constrain_examples
 from regvit_jax.trees import Array
 
 WEIGHT_STD = 0.02
@@ -173,24 +173,58 @@ class Block(nnx.Module):
             self.ls2 = LayerScale(config.width, config.layerscale)
         self.scaled = config.layerscale is not None
 
-    def __call__(self, x: Array, alive: Array | None, rate: Any, want: tuple = ()) -> tuple[Array, dict[Any, Array]]:
+    def __call__(self, x: Array, drops: Array | None, rate: Any, want: tuple = ()) -> tuple[Array, dict[Any, Array]]:
         """One block.
 
         Args:
           x: (B, N, D).
-          alive: (2, B) bool, False where stochastic depth drops a sample's branch; None turns it off.
-          rate: scalar, the chance that a branch of a sample is dropped.
+          drops: what stochastic depth does to the two branches: (2, B) bool, False where a sample's branch is dropped,
+            or (2, G, k) int32, the rows of each group that a branch is computed for; None turns it off.
+          rate: scalar, the chance that a branch of a sample is dropped; only the first form needs it.
           want: ((name, rows), ...) of q, k, v, attn, mlp to return beside the output.
         """
-        attn_alive, mlp_alive = (None, None) if alive is None else alive
+        found: dict[Any, Array] = {}
         gains = (self.ls1.gamma[...], self.ls2.gamma[...]) if self.scaled else (None, None)
-        y, found = self.attn(self.norm1(x), gains[0], want)
-        x = checkpoint_name(add_branch(x, drop_path(y, attn_alive, rate)), "attn_residual")
-        y, hidden = self.mlp(self.norm2(x), gains[1])
-        x = add_branch(x, drop_path(y, mlp_alive, rate))
-        if ("mlp", None) in want:
-            found["mlp"] = hidden
-        return x, found
+
+        def attn(x, gain):
+            y, inside = self.attn(self.norm1(x), gain, want)
+            found.update(inside)
+            return y
+
+        def mlp(x, gain):
+            y, hidden = self.mlp(self.norm2(x), gain)
+            if ("mlp", None) in want:
+                found["mlp"] = hidden
+            return y
+
+        first, second = (None, None) if drops is None else drops
+        x = checkpoint_name(with_branch(x, attn, gains[0], first, rate), "attn_residual")
+        return with_branch(x, mlp, gains[1], second, rate), found
+
+
+def with_branch(x: Array, branch: Callable, gain: Array | None, drops: Array | None, rate: Any) -> Array:
+    """x + branch(x, gain), under stochastic depth.
+
+    Args:
+      x: (B, N, D), rows group by group.
+      branch: ((rows, N, D), gain) -> (rows, N, D).
+      gain: (D,) or None.
+      drops: None, (B,) bool or (G, k) int32, as `Block` takes them for one branch.
+      rate: of the bool form.
+    """
+    if drops is None or drops.dtype == bool:
+        return add_branch(x, drop_path(branch(x, gain), drops, rate))
+    groups, kept = drops.shape
+    rows = x.shape[0] // groups
+    if kept == rows:
+        return add_branch(x, branch(x, gain))
+    # Both the gather and the sum stay inside a group, and a group lies on one device.
+    grouped = constrain_examples(x.reshape(groups, rows, *x.shape[1:]))
+    part = jax.vmap(lambda x, i: x.at[i].get(unique_indices=True, mode="promise_in_bounds"))(grouped, drops)
+    gain = jnp.full(x.shape[-1:], rows / kept) if gain is None else gain * (rows / kept)
+    y = branch(constrain_examples(part.reshape(-1, *x.shape[1:])), gain).reshape(part.shape)
+    add = jax.vmap(lambda x, i, y: x.at[i].add(y, unique_indices=True, mode="promise_in_bounds"))
+    return constrain(add(grouped, drops, constrain_examples(y)).reshape(x.shape), BATCH)
 
 
 def add_branch(x: Array, y: Array) -> Array:
@@ -208,6 +242,31 @@ def branches(key: Array, batch: int, rates: Array) -> Array:
     keys = jax.vmap(jax.random.split)(jax.random.split(key, len(rates)))
     alive = jax.vmap(jax.vmap(draw, (0, None)))(keys, jnp.asarray(rates, jnp.float32))
     return jnp.moveaxis(alive, -1, 0)
+
+
+def subsets(key: Array, groups: int, rows: int, rates: Sequence[float]) -> Array | tuple[Array, ...]:
+    """Which rows of each group the branches are computed for: stochastic depth with a fixed number of samples.
+
+    Every block, branch and group draws its own `kept(rows, rate)` rows, all sets of that size being equally likely; a
+    branch that is computed for k of them counts rows / k times.
+
+    Returns:
+      (depth, 2, G, k) int32, ascending along k; where blocks keep different numbers, one (2, G, k) a block.
+
+    Source: DINOv2 (drop_add_residual_stochastic_depth), where a group is what lies on one GPU.
+    """
+    counts = [kept(rows, rate) for rate in rates]
+    draws = jax.random.uniform(key, (len(counts), 2, groups, rows))
+    order = constrain_examples(jnp.argsort(draws, axis=-1).astype(jnp.int32), axis=2)
+    if len(set(counts)) == 1:
+        return jnp.sort(order[..., : counts[0]], axis=-1)
+    return tuple(jnp.sort(block[..., :count], axis=-1) for block, count in zip(order, counts, strict=True))
+
+
+def kept(rows: int, rate: float) -> int:
+    """k: of so many rows a branch is computed for this many."""
+    # In Python's arithmetic, as the reference counts: 64 rows at .4 are 38. A float32 rate would round otherwise.
+    return max(int(rows * (1 - round(float(rate), 6))), 1)
 
 
 def drop_path(y: Array, alive_b: Array | None, rate: Any) -> Array:

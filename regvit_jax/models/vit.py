@@ -16,6 +16,9 @@ from regvit_jax.models.layers import SAVED, WEIGHT_STD, Block, branches, gathere
 from regvit_jax.models.posembed import resample, sincos
 from regvit_jax.trees import Array
 
+# Stochastic depth of all blocks, drawn: one array with the depth in front, or one array a block; None: none.
+Drops = Array | tuple[Array, ...] | None
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tokens:
@@ -105,8 +108,8 @@ class VisionTransformer(nnx.Module):
         Args:
           images: (B, H, W, 3), normalised; H and W multiples of the patch size.
           patch_mask: (B, P) bool; True patches are replaced by the mask token (they keep their position).
-          key: randomness of stochastic depth, or what `layers.branches` drew from it; None computes the
-            deterministic network.
+          key: randomness of stochastic depth, which then drops branches of each sample by chance; or what
+            `layers.branches` or `layers.subsets` drew; None computes the deterministic network.
           capture: names of `models.capture` to return beside the tokens.
 
         Returns:
@@ -193,40 +196,49 @@ class VisionTransformer(nnx.Module):
     ) -> tuple[Array, dict[str, Array]]:
         """All blocks, in segments that end where something is captured: nothing else is kept, and no capture costs
         nothing."""
-        depth, rates, alive = self.config.depth, drop_rates(self.config), None
+        depth, rates, drops = self.config.depth, drop_rates(self.config), None
         if key is not None and self.config.drop_path > 0:
-            drawn = branches(key, x.shape[0], rates) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
-            alive = jnp.moveaxis(drawn, 0, -1)  # (depth, 2, B)
+            drops = _drops(key, x.shape[0], rates)
         found: dict[str, Array] = {}
         start = 0
         for stop in sorted({w.block + 1 for w in wanted} | {depth}):
             here = [w for w in wanted if w.block + 1 == stop]
             inside = tuple(sorted({w.inner for w in here if w.what != "residual"}, key=str))
             plain = stop - 1 if inside else stop
-            x = self._segment(x, alive, rates, start, plain)
+            x = self._segment(x, drops, rates, start, plain)
             if inside:
-                x, values = self._block(x, alive, rates, stop - 1, inside)
+                x, values = self._block(x, drops, rates, stop - 1, inside)
                 found |= {w.name: w.pick(values) for w in here if w.what != "residual"}
             found |= {w.name: x for w in here if w.what == "residual"}
             start = stop
         return x, found
 
-    def _segment(self, x: Array, alive: Array | None, rates: Array, start: int, stop: int) -> Array:
+    def _segment(self, x: Array, drops: Drops, rates: Array, start: int, stop: int) -> Array:
         if start >= stop:
             return x
-        if self.run.unroll:
-            body = _remat(lambda x, i: self._block(x, alive, rates, i)[0], self.run.remat, in_scan=False)
+        # A block's number of rows is a shape, so blocks that keep different numbers cannot share a scan.
+        if self.run.unroll or isinstance(drops, tuple):
+            body = _remat(lambda x, i: self._block(x, drops, rates, i)[0], self.run.remat, in_scan=False)
             for i in range(start, stop):
                 x = body(x, i)
             return x
         body = _remat(lambda x, layer: (layer[0](x, layer[1], layer[2])[0], None), self.run.remat, in_scan=True)
         whole = (start, stop) == (0, self.config.depth)
-        layers = (self.blocks, alive, rates)
+        layers = (self.blocks, drops, rates)
         return jax.lax.scan(body, x, layers if whole else jax.tree.map(lambda leaf: leaf[start:stop], layers))[0]
 
-    def _block(self, x: Array, alive: Array | None, rates: Array, i: int, want: tuple = ()) -> tuple[Array, dict]:
+    def _block(self, x: Array, drops: Drops, rates: Array, i: int, want: tuple = ()) -> tuple[Array, dict]:
         block = jax.tree.map(lambda leaf: leaf[i], self.blocks)
-        return block(x, None if alive is None else alive[i], rates[i], want)
+        return block(x, None if drops is None else drops[i], rates[i], want)
+
+
+def _drops(key: Array | tuple[Array, ...], rows: int, rates: np.ndarray) -> Drops:
+    """Of each block: (2, B) bool or (2, G, k) int32, as `layers.Block` takes them."""
+    if isinstance(key, tuple):
+        return key
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = branches(key, rows, rates)
+    return jnp.moveaxis(key, 0, -1) if key.dtype == bool else key
 
 
 def drop_rates(config: ViTConfig) -> np.ndarray:

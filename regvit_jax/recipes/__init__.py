@@ -2,7 +2,10 @@
 
 from importlib import import_module
 
-RECIPES = {"supervised": "regvit_jax.recipes.supervised:Supervised"}
+RECIPES = {
+    "dinov2": "regvit_jax.recipes.dinov2:DINOv2",
+    "supervised": "regvit_jax.recipes.supervised:Supervised",
+}
 
 
 def get(name: str) -> type:

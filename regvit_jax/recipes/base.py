@@ -1,20 +1,21 @@
 """Recipe: the only contract between the training loop and a method, with the parts that methods share."""
 
 import abc
-import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from regvit_jax.data.transforms import Preprocess
+from regvit_jax.data.transforms import Preprocess, TrainTransform
 from regvit_jax.flops import training_flops
 from regvit_jax.models.config import Execution, ViTConfig
 from regvit_jax.models.model import Model
 from regvit_jax.models.zoo import config_of
 from regvit_jax.optim import Group, default_group, lr_schedule
 from regvit_jax.optim.schedules import Schedule
+from regvit_jax.recipes import start
 from regvit_jax.sharding import BATCH, constrain
 from regvit_jax.trees import Array, Tree
 
@@ -28,16 +29,22 @@ class Recipe(abc.ABC):
 
     Attributes:
       Config: frozen dataclass of the recipe's own keys, mounted at config.<recipe>.
+      DEFAULTS: {dotted key: value} of common keys whose default is another one under this recipe.
+      AUGMENTS_ON: the values of config.data.augment_on that it knows.
       couples_examples: why the loss of a batch is not the mean of the losses of its parts, "" where it is. With a
         reason, config.accum_steps > 1 is refused.
+      WHEN_NOT_FINITE: what else to try under this recipe when a metric is NaN.
       vit: architecture of the backbone.
       run: how it is computed.
       preprocessing: of the model that comes out.
     """
 
     Config: ClassVar[type]
+    DEFAULTS: ClassVar[Mapping[str, Any]] = {}
+    AUGMENTS_ON: ClassVar[tuple[str, ...]] = ("device",)
     labelled: ClassVar[bool] = False  # whether the head has one output for each class of the data
     couples_examples: ClassVar[str] = ""
+    WHEN_NOT_FINITE: ClassVar[str] = ""
 
     def __init__(self, config: ConfigDict):
         """Reads and checks its part of a config.
@@ -50,6 +57,11 @@ class Recipe(abc.ABC):
                 f"config.accum_steps={config.accum_steps} is not possible with recipe {config.recipe!r}: "
                 f"{self.couples_examples}; set it to 1"
             )
+        if config.data.augment_on not in self.AUGMENTS_ON:
+            raise ValueError(
+                f"config.data.augment_on={config.data.augment_on!r} is not possible with recipe {config.recipe!r}: it "
+                f"augments on the {' or '.join(self.AUGMENTS_ON)}"
+            )
         self.config = config
         self.vit = vit_config(config)
         self.run = execution(config)
@@ -61,15 +73,51 @@ class Recipe(abc.ABC):
             std=tuple(config.data.std),
         )
 
+    @classmethod
+    def paths(cls, config: ConfigDict) -> dict[str, str]:
+        """{name: what `rv.load_model` takes} of the models that a run of this config starts from."""
+        return {"init_from": config.init_from} if config.init_from else {}
+
+    def prepare(self, loaded: dict[str, Any]) -> dict[str, Any]:
+        """What `init` gets of the models that were read from disk, made to fit the config; logs what was changed.
+
+        Called once, before anything is traced: here a recipe learns what networks they are.
+
+        Args:
+          loaded: {name: Model} of `paths`, and {"name:heads": {name of a tree: tree}} of what lay beside each, {} where
+            nothing did. Some or all may be missing where shapes alone are asked for.
+
+        Raises:
+          ValueError: for weights that cannot be made to fit.
+        """
+        if "init_from" not in loaded:
+            return {}
+        model, notes = start.adapt(loaded["init_from"], self.vit)
+        start.tell("init_from", notes, model, self.preprocessing)
+        return {"init_from": model}
+
+    def alarms(self, step: int, values: Mapping[str, float]) -> dict[str, str]:
+        """{kind: what is wrong and what to try} of what the metrics of a progress line say. The loop tells a kind once,
+        when it has held for a while."""
+        del step, values
+        return {}
+
     @property
     def input_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Global shapes and dtypes of a batch as the loader delivers it."""
         b, (h, w) = self.config.batch_size, self.vit.image_size
         return {"image": jax.ShapeDtypeStruct((b, h, w, 3), jnp.uint8), "label": jax.ShapeDtypeStruct((b,), jnp.int32)}
 
+    @property
+    def transform(self) -> Callable:
+        """What the loader does to a sample on the host; it delivers the fields of `input_spec`. Picklable."""
+        d, fields = self.config.data, tuple(self.input_spec)
+        size = self.input_spec["image"].shape[1]
+        return TrainTransform(size, d.crop, tuple(d.scale), tuple(d.ratio), d.interpolation, fields=fields)
+
     @abc.abstractmethod
     def init(self, key: Array, loaded: dict[str, Model]) -> tuple[Tree, Tree]:
-        """(params, extras) at step 0. `loaded` holds models read from disk by name ("init_from"), usually none."""
+        """(params, extras) at step 0. `loaded` is what `prepare` returned, usually nothing."""
 
     @abc.abstractmethod
     def augment(self, batch: Batch, key: Array, step: Array) -> Batch:
@@ -156,30 +204,3 @@ def execution(config: ConfigDict) -> Execution:
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     return Execution(dtype=dtype, remat=config.remat, unroll=config.unroll, attention=config.attention)
-
-
-def graft(fresh: Tree, model: Model, vit: ViTConfig) -> Tree:
-    """`fresh` parameters with those of a loaded model in their place; its head is kept only if it has the same classes.
-
-    Raises:
-      ValueError: if the architectures differ in anything else.
-    """
-    ignored = {
-        "num_classes": 0,
-        "drop_path": 0.0,
-        "drop_path_uniform": False,
-        "token_init_std": 0.0,
-        "position_init": "normal",
-    }
-    ours, theirs = (dataclasses.replace(c, **ignored) for c in (vit, model.config))
-    if ours != theirs:
-        mine, other = ours.to_json(), theirs.to_json()
-        wrong = ", ".join(
-            f"{name}: {other[name]} there, {mine[name]} here" for name in mine if mine[name] != other[name]
-        )
-        raise ValueError(f"init_from holds another architecture ({wrong}); set config.model to match it")
-    taken = dict(model.params)
-    if model.config.num_classes != vit.num_classes:
-        taken.pop("head", None)
-    taken = {name: value for name, value in taken.items() if name in fresh}
-    return fresh | jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), taken)

@@ -14,7 +14,8 @@ from regvit_jax.models.layers import branches
 from regvit_jax.models.model import Model, init_params
 from regvit_jax.models.vit import drop_rates
 from regvit_jax.optim import ema_update
-from regvit_jax.recipes.base import Batch, Recipe, graft
+from regvit_jax.recipes.base import Batch, Recipe
+from regvit_jax.recipes.start import graft
 from regvit_jax.trees import Array, Tree
 
 
