@@ -15,6 +15,8 @@ from regvit_jax import hub, loop, sharding, train
 from regvit_jax.checkpoint import Checkpoints
 from regvit_jax.config import defaults
 from regvit_jax.flops import forward_flops, head_flops
+from regvit_jax.models.config import ViTConfig
+from regvit_jax.models.model import abstract_params
 from regvit_jax.models.prototype_head import apply_head
 from regvit_jax.recipes.dinov2 import DINOv2
 from regvit_jax.trees import map_named, named
@@ -50,6 +52,11 @@ def config(**flat):
     return c
 
 
+def random(tree, seed):
+    rng = np.random.default_rng(seed)
+    return map_named(lambda path, x: jnp.asarray(path.endswith("/g") + 0.3 * rng.normal(size=x.shape), x.dtype), tree)
+
+
 def saved(workdir):
     with Checkpoints(workdir, create=False) as checkpoints:
         return {item: checkpoints.restore_item(item) for item in ("params", "opt", "extras")}
@@ -73,7 +80,8 @@ def small_machine():
 def teacher(tmp_path_factory):
     """(the larger network, a workdir of six steps in which it got heads, what was warned of meanwhile, the data)."""
     folder = tmp_path_factory.mktemp("teacher")
-    model = rv.create_model("vit_ti16", image_size=24, layerscale=0.5, mask_token=True, registers=1, **LARGER)
+    vit = ViTConfig(image_size=24, layerscale=0.5, mask_token=True, registers=1, **LARGER)
+    model = rv.Model(random(abstract_params(vit), 0), vit)
     rv.save_model(model, folder / "larger")
     source = tiny.write_npz(folder / "data.npz")
     larger = {f"model__{name}": value for name, value in LARGER.items()}
@@ -126,11 +134,6 @@ def test_the_frozen_network_teaches_and_an_average_of_the_student_is_kept(teache
     behind = {p for p, leaf in named(state["extras"]["ema"]).items() if (leaf != named(state["params"])[p]).any()}
     assert behind == named(state["params"]).keys() - {"backbone/mask_token"}
     assert {"dino_global", "ibot"} <= lines(student)[-1].keys()
-
-
-def random(tree, seed):
-    rng = np.random.default_rng(seed)
-    return map_named(lambda path, x: jnp.asarray(path.endswith("/g") + 0.3 * rng.normal(size=x.shape), x.dtype), tree)
 
 
 def test_all_patches_of_whole_crops_are_compared(teacher):

@@ -9,11 +9,13 @@ import regvit_jax as rv
 from regvit_jax import sharding, train
 from regvit_jax.config import defaults
 from regvit_jax.flops import forward_flops
+from regvit_jax.models.config import ViTConfig
+from regvit_jax.models.model import abstract_params
 from regvit_jax.models.prototype_head import init_head
 from regvit_jax.recipes import dinov2
 from regvit_jax.recipes.dinov2 import DINOv2
 from regvit_jax.recipes.dinov2_start import size_of
-from regvit_jax.trees import named
+from regvit_jax.trees import map_named, named
 
 FROZEN, STEPS = 2, 4
 
@@ -35,13 +37,18 @@ def config(**options):
     return c
 
 
+def random(vit, seed=0):
+    rng = np.random.default_rng(seed)
+    params = map_named(lambda _, x: rng.normal(0, 0.1, x.shape).astype(np.float32), abstract_params(vit))
+    return rv.Model(params, vit)
+
+
 class Started:
     """A run on the weights of a smaller network, its state at the start and after each of four updates."""
 
     def __init__(self, folder):
-        self.bare = rv.create_model(
-            "vit_ti16", width=16, depth=2, num_heads=2, mlp_dim=32, patch_size=4, image_size=24, layerscale=0.5
-        )
+        size = {"width": 16, "depth": 2, "num_heads": 2, "mlp_dim": 32, "patch_size": 4}
+        self.bare = random(ViTConfig(**size, image_size=24, layerscale=0.5))
         rv.save_model(self.bare, folder)
         c = config(freeze_backbone=FROZEN, ibot_weight=0.0, mask_prob=0.0, koleo_weight=0.0, local_crops=0)
         c.init_from = str(folder)
