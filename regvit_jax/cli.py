@@ -10,12 +10,13 @@ regvit models                              names of architectures
 """
 
 import argparse
+import dataclasses
 import json
 import logging
 import pathlib
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,7 +43,9 @@ _EVAL = """examples:
   regvit eval --model=runs/quickstart --task=knn --data=folder:/my/images --out=results.json
   regvit eval --model=runs/quickstart --task=segmentation --data=pairs:/my/photos,/my/masks?ignore=255 --untrained
   regvit eval --model=dinov2_vits14_reg4 --task=depth --data=nyud:/data/nyu --set layers=4
---set KEY=VALUE changes an option of every task, --set TASK.KEY=VALUE of one; a wrong KEY lists those there are."""
+  regvit eval --model=dinov2_vits14_reg4 --config=configs/protocols/nyud_lin4.py --data=nyud:/data/nyu --out=nyud.json
+--set KEY=VALUE changes an option of every task, --set TASK.KEY=VALUE of one; a wrong KEY lists those there are.
+Stopped by Ctrl-C or killed, the same command goes on with heads that were being trained."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -68,15 +71,23 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--model", required=True, help="workdir of a run, or folder of rv.save_model")
     evaluate.add_argument(
         "--task",
-        required=True,
         action="append",
-        help="knn, linear, accuracy (of its own head), segmentation, depth or maps; may be given several times",
+        default=[],
+        help="knn, linear, accuracy (of its own head), segmentation, depth, maps …; may be given several times",
+    )
+    evaluate.add_argument(
+        "--config",
+        default="",
+        help="Python file with the tasks and their options: a published protocol of configs/protocols/, or the config "
+        "of a run; --task then chooses among its tasks (default: all)",
     )
     evaluate.add_argument("--data", required=True, help="source the probe learns from, such as folder:/my/images#train")
     evaluate.add_argument(
         "--eval_data", default="", help="source it is measured on; default: the evaluation split of --data"
     )
-    evaluate.add_argument("--out", default="", help="JSON file for the numbers; default: only printed")
+    evaluate.add_argument(
+        "--out", default="", help="JSON file for the numbers and how they were measured; default: only printed"
+    )
     evaluate.add_argument(
         "--pictures", default=".", help="results and pictures go to its eval/TASK/ (default: the current folder)"
     )
@@ -222,37 +233,81 @@ def _integers(name: str, text: str, *, most: int) -> tuple[int, ...]:
 
 def _eval(args: argparse.Namespace) -> int:
     from regvit_jax import evaluate, hub, sharding
-    from regvit_jax.config import evaluator
+    from regvit_jax.config import load
     from regvit_jax.data.sources import eval_split, holdout
+    from regvit_jax.stopping import Stop, Stopped
 
+    config = load(args.config) if args.config else None
+    tasks = _tasks(config, args.task, args.set)
     data, held_out = args.data, args.eval_data or eval_split(args.data)
     if held_out is None:
         data, held_out = holdout(args.data)
         logging.info("%s has no evaluation split: a fixed tenth of it is held out", args.data)
-    tasks = {task: evaluator(task, **_options(task, args.set, args.task)) for task in args.task}
     evals = evaluate.build(tasks, data_train=data, data_eval=held_out)
-    model = hub.load_model(args.model, image_size=args.image_size, dtype=args.dtype)
+    model = _prepared(config, hub.load_model(args.model, image_size=_image_size(config, args), dtype=args.dtype))
     logging.info("%s", model)
     mesh, place = sharding.make_mesh(), pathlib.Path(args.pictures)
+    rounds = {"untrained": (hub.untrained(model), place / "untrained")} if args.untrained else {}
+    rounds[pathlib.Path(args.model).name] = model, place
     columns = {}
-    if args.untrained:
-        columns["untrained"] = evaluate.run(evals, hub.untrained(model), mesh=mesh, workdir=place / "untrained")
-    found = columns[pathlib.Path(args.model).name] = evaluate.run(evals, model, mesh=mesh, workdir=place)
+    try:
+        with Stop() as stop, stop.breaking():
+            for name, (network, folder) in rounds.items():
+                columns[name] = evaluate.run(evals, network, mesh=mesh, workdir=folder)
+    except Stopped:
+        print(
+            f"stopped: what was being trained is kept below {place / 'eval'}, the same command goes on", file=sys.stderr
+        )
+        return 1
     print(evaluate.table(columns))
     if args.out:
-        record = {"model": args.model, "data": data, "eval_data": held_out, "metrics": found}
-        record |= {"untrained": columns["untrained"]} if args.untrained else {}
+        record = {"command": args.command, "model": args.model, "data": data, "eval_data": held_out}
+        record |= {"metrics": columns[pathlib.Path(args.model).name], "tasks": _records(place, evals)}
+        if args.untrained:
+            record |= {"untrained": columns["untrained"], "untrained_tasks": _records(place / "untrained", evals)}
         pathlib.Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         pathlib.Path(args.out).write_text(json.dumps(record, indent=2) + "\n")
     return 0
 
 
-def _options(task: str, settings: list[str], others: Sequence[str] = ()) -> dict:
-    """{key: value} of KEY=VALUE and TASK.KEY=VALUE texts, typed as the task's own defaults are; those of `others` are
-    left to them."""
+def _tasks(config, chosen: list[str], settings: list[str]) -> dict:
+    """{name: section of evaluator options}, of a config or of the defaults, with --set in them."""
     from regvit_jax.config import evaluator
 
-    known = evaluator(task)
+    if config is None and not chosen:
+        raise ValueError("nothing to measure: give --task, such as --task=knn, or --config")
+    unknown = [] if config is None else [task for task in chosen if task not in config.evals]
+    if unknown:
+        raise ValueError(f"--task={unknown[0]} is not in the config: it has {', '.join(config.evals)}")
+    names = chosen or list(config.evals)
+    tasks = {name: evaluator(name) if config is None else config.evals[name] for name in names}
+    for name, section in tasks.items():
+        section.update(_options(name, section, settings, names))
+    return tasks
+
+
+def _image_size(config, args):
+    """Side of the images: of the command, else of a protocol, else None, the model's own."""
+    of_protocol = config.image_size if config is not None and "image_size" in config else None
+    return of_protocol if args.image_size is None else args.image_size
+
+
+def _prepared(config, model):
+    """The model with the crop of a protocol, where that has one."""
+    if config is None or "crop_ratio" not in config or config.crop_ratio is None:
+        return model
+    spec = dataclasses.replace(model.preprocessing, crop_ratio=config.crop_ratio)
+    return dataclasses.replace(model, preprocessing=spec)
+
+
+def _records(place: pathlib.Path, names) -> dict:
+    """{task: what evaluate.run wrote of it}."""
+    return {name: json.loads((place / "eval" / name / "results.json").read_text()) for name in names}
+
+
+def _options(task: str, known: Mapping, settings: list[str], others: Sequence[str] = ()) -> dict:
+    """{key: value} of KEY=VALUE and TASK.KEY=VALUE texts, typed as the values in `known` are; those of `others` are
+    left to them."""
     out = {}
     for text in settings:
         name, equals, value = text.partition("=")

@@ -18,6 +18,8 @@ import difflib
 import importlib
 import json
 import math
+import os
+import runpy
 import types
 import typing
 from collections.abc import Mapping
@@ -151,6 +153,48 @@ def defaults(recipe: str) -> ConfigDict:
     config.lock()
     config.evals.unlock()
     config.update_from_flattened_dict(_recipe(recipe).DEFAULTS)
+    return config
+
+
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+    """Keys at the top of a config of `regvit eval`, beside its `evals`: how images are prepared for all of them."""
+
+    image_size: int | None = key(None, "side in pixels at which the network runs; unset = the model's own")
+    crop_ratio: float | None = key(None, "share of the short side that the central crop keeps; unset = the model's own")
+
+
+def protocol(**options: Any) -> ConfigDict:
+    """A locked config for `regvit eval --config`, without evaluators yet: add them to its `evals`.
+
+    Args:
+      **options: fields of Protocol.
+    """
+    config = ConfigDict(_fields(Protocol) | {"evals": {}})
+    config.lock()
+    config.evals.unlock()
+    config.update(options)
+    return config
+
+
+def load(path: str | os.PathLike) -> ConfigDict:
+    """What get_config() of a Python file returns.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: if it cannot be run or has no get_config, or what that returns has no evaluators under `evals`.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path} is no file: name a Python file with get_config(), such as those of configs/")
+    try:
+        namespace = runpy.run_path(os.fspath(path))
+        if "get_config" not in namespace:
+            raise ValueError("there is no get_config()")
+        config = namespace["get_config"]()
+    except (AttributeError, KeyError, NameError, SyntaxError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {' '.join(str(error.args[0]).split())}") from error
+    if "evals" not in config or not config.evals:
+        raise ValueError(f"{path}: its config has no evaluators: give config.evals one or more")
     return config
 
 

@@ -2,13 +2,16 @@
 
 import importlib.util
 import json
+import os
 import pathlib
+import signal
 
 import pytest
 from PIL import Image
 
 import regvit_jax as rv
-from regvit_jax import cli
+from regvit_jax import cli, stopping
+from regvit_jax.config import evaluator
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +42,10 @@ def test_eval_prints_a_table_and_writes_the_numbers(saved, tiny, tmp_path, capsy
     record = json.loads(out.read_text())
     assert record["data"] == data and record["eval_data"] == f"{data}#test"
     assert 0 <= record["metrics"]["accuracy/top1"] <= 1 and "knn/top1_k10" in record["metrics"]
+    assert record["model"] == str(saved) and record["command"].startswith(f"regvit eval --model={saved} --data=")
+    for task in ("accuracy", "knn", "maps"):
+        assert record["tasks"][task] == json.loads((tmp_path / "eval" / task / "results.json").read_text())
+    assert record["tasks"]["knn"]["data"]["data"]["samples"] == 37 and record["tasks"]["knn"]["model"]["weights"]
     printed = capsys.readouterr().out
     assert "knn/top1 " in printed and saved.name in printed
     assert (tmp_path / "eval/maps/maps.png").stat().st_size > 1000
@@ -59,6 +66,8 @@ def test_eval_compares_with_the_untrained_network(saved, tiny, tmp_path, capsys,
     assert record["untrained"].keys() == record["metrics"].keys() and "knn/top1_k3" in record["metrics"]
     # Another network: the loss of its random head is another one.
     assert record["untrained"]["accuracy/loss"] != record["metrics"]["accuracy/loss"]
+    weights = [record[column]["knn"]["model"]["weights"] for column in ("tasks", "untrained_tasks")]
+    assert weights[0] != weights[1]
     assert (tmp_path / "untrained/eval/knn/results.json").is_file() and (tmp_path / "eval/knn/results.json").is_file()
 
 
@@ -69,6 +78,7 @@ def test_eval_compares_with_the_untrained_network(saved, tiny, tmp_path, capsys,
         ({"--task": "knnn"}, "unknown evaluator 'knnn'"),
         ({"--data": "photos"}, "names no data source"),
         ({"--set": "k"}, "--set k: write KEY=VALUE"),
+        ({"--config": "/nowhere.py"}, "/nowhere.py is no file: name a Python file with get_config()"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(saved, tiny, tmp_path, capsys, monkeypatch, changes, said):
@@ -79,8 +89,61 @@ def test_mistakes_are_one_line_and_exit_code_2(saved, tiny, tmp_path, capsys, mo
     assert said in error and error.count("\n") == 1
 
 
+CONFIG = """
+from regvit_jax.config import evaluator, protocol
+
+def get_config():
+    c = protocol(image_size=24, crop_ratio=0.5)
+    c.evals.near = evaluator("knn", k=(3,))
+    c.evals.head = evaluator("accuracy")
+    return c
+"""
+
+
+def test_a_config_names_tasks_options_and_how_images_are_prepared(saved, tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("regvit_jax.main.set_up_logging", lambda: None)
+    config, out = tmp_path / "config.py", tmp_path / "found.json"
+    config.write_text(CONFIG)
+    command = ["eval", f"--config={config}", f"--model={saved}", f"--data={tiny.write_npz(tmp_path / 'data.npz')}"]
+    command += ["--task=near", "--set=temperature=0.5", f"--out={out}", f"--pictures={tmp_path}"]
+    assert cli.main(command) == 0
+    (record,) = json.loads(out.read_text())["tasks"].values()
+    assert record["name"] == "near" and record["type"] == "knn"
+    assert record["options"]["k"] == [3] and record["options"]["temperature"] == 0.5
+    look = record["model"]["preprocessing"]
+    assert (look["size"], look["crop_ratio"]) == (24, 0.5)
+    capsys.readouterr()
+    for text, argument, said in (
+        (CONFIG, "--task=knn", "--task=knn is not in the config: it has head, near"),
+        (CONFIG, "--set=far.k=1", "--set far.k=1: write KEY=VALUE"),
+        (CONFIG.replace("k=(3,)", "kk=3"), "--task=near", "evaluator 'knn' has no option 'kk'; did you mean 'k'?"),
+        (CONFIG.replace("image_size", "imagesize"), "--task=near", "imagesize"),
+        ("x = 1", "--task=near", "there is no get_config()"),
+        ("def get_config(): return {}", "--task=near", "its config has no evaluators"),
+    ):
+        config.write_text(text)
+        assert cli.main([*command, argument]) == 2
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == 1
+    assert cli.main(["eval", *command[2:4]]) == 2
+    assert "give --task, such as --task=knn, or --config" in capsys.readouterr().err
+
+
+def test_a_stopped_eval_says_that_it_goes_on(saved, tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("regvit_jax.main.set_up_logging", lambda: None)
+
+    def stopped(*args, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        stopping.poll()
+
+    monkeypatch.setattr("regvit_jax.evaluate.run", stopped)
+    data, out = tiny.write_npz(tmp_path / "data.npz"), tmp_path / "found.json"
+    assert cli.main(["eval", f"--model={saved}", f"--data={data}", "--task=accuracy", f"--out={out}"]) == 1
+    assert "the same command goes on" in capsys.readouterr().err and not out.exists()
+
+
 def test_options_take_the_type_of_their_default():
-    assert cli._options("knn", ["k=5,10", "temperature=1", "feature=mean_patch"]) == {
+    assert cli._options("knn", evaluator("knn"), ["k=5,10", "temperature=1", "feature=mean_patch"]) == {
         "k": (5, 10),
         "temperature": 1.0,
         "feature": "mean_patch",

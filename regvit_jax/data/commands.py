@@ -71,7 +71,7 @@ def add(commands) -> None:
         help="write smaller images into shards that load fast",
         description="Writes a dataset anew as array_record shards, the short side of every image at --size (smaller\n"
         "ones stay). Unreadable files are left out and named in FOLDER/report.json. Killed at any time,\n"
-        "the same command goes on. Order and labels stay.",
+        "the same command goes on. Order, labels and captions stay; masks, depth and boxes are not written.",
         epilog=_PREPARE,
         formatter_class=raw,
     )
@@ -131,5 +131,7 @@ def _prepare(args: argparse.Namespace) -> int:
         print(f"  left out: {split}: {name}: {reason}")
     if len(report["left_out"]) > 20:
         print(f"  and {len(report['left_out']) - 20} more: {args.folder}/report.json has them all")
+    if report["not_written"]:
+        print(f"  not written: {', '.join(report['not_written'])}; only images, labels and captions are")
     print(f"train on it: --config.data.train=tfds:@{args.folder}#{next(iter(report['images']))}")
     return 0

@@ -63,7 +63,8 @@ def prepare(
       command: what to run again, for messages.
 
     Returns:
-      The report: {"images": {split: n}, "left_out": [[split, name, reason], …], "bytes", "seconds"}.
+      The report: {"images": {split: n}, "left_out": [[split, name, reason], …], "bytes", "seconds"}, and
+      "not_written": what samples have beside images, labels and captions (masks, depth, boxes).
 
     Raises:
       ValueError, FileNotFoundError: before anything is written, for options out of range, a split that is not there, or
@@ -80,7 +81,15 @@ def prepare(
     place = pathlib.Path(os.path.abspath(os.path.expanduser(folder)))
     parts = _parts(source, splits)
     first = next(iter(parts.values()))
-    settings = Settings(size, format, quality, _unique(first.class_names), "caption" in _fields(first))
+    fields = _fields(first)
+    settings = Settings(size, format, quality, _unique(first.class_names), "caption" in fields)
+    dropped = sorted(set(fields) - set(_CARRIED))
+    if dropped:
+        _log.warning(
+            "%s: only images, labels and captions are written; not in the new dataset: %s. What needs them "
+            "(segmentation, depth, discovery) reads the source itself",
+            *(source, ", ".join(dropped)),
+        )
     per_shard = _per_shard(max(len(part) for part in parts.values()), shards)
     plan = {"version": VERSION, **dataclasses.asdict(settings)}
     plan["splits"] = {
@@ -91,7 +100,7 @@ def prepare(
         name = _agreed(place, json.loads(json.dumps(plan)), {"source": source, "command": command})
         if (place / INFO).is_file():
             _log.info("%s is complete already", place)
-            return json.loads((place / REPORT).read_text())
+            return json.loads((place / REPORT).read_text()) | {"not_written": dropped}
         started = time.monotonic()
         todo = {split: _shards(place, name, split, **plan["splits"][split]) for split in parts}
         try:
@@ -103,7 +112,7 @@ def prepare(
         # Part of the new source's fingerprint: sizes of shards alone would not tell two preparations apart.
         made = {key: value for key, value in plan.items() if key != "class_names"}
         made = f"Made by regvit data prepare: {json.dumps(made, sort_keys=True)}"
-        report = _finish(place, name, settings, made, todo, notes, time.monotonic() - started)
+        report = _finish(place, name, settings, made, todo, notes, time.monotonic() - started, dropped)
     return report
 
 
@@ -139,10 +148,7 @@ def _fields(source):
     """The fields of the first sample that can be read."""
     for index in range(min(len(source), 10)):
         with contextlib.suppress(OSError):
-            fields = source[index].keys()
-            if dropped := sorted(set(fields) - set(_CARRIED)):
-                _log.warning("only images, labels and captions are prepared; left out: %s", ", ".join(dropped))
-            return fields
+            return tuple(source[index])
     return ()
 
 
@@ -202,7 +208,7 @@ def _shards(place, name, split, samples, shards, fingerprint):
     ]
 
 
-def _finish(place, name, settings, made, todo, notes, seconds):
+def _finish(place, name, settings, made, todo, notes, seconds, dropped):
     """Writes the report and what TFDS reads, and removes the notes."""
     import tensorflow_datasets as tfds
 
@@ -215,6 +221,7 @@ def _finish(place, name, settings, made, todo, notes, seconds):
         "left_out": [[split, *bad] for split, of_split in written.items() for note in of_split for bad in note["bad"]],
         "bytes": sum(note["bytes"] for of_split in written.values() for note in of_split),
         "seconds": round(seconds, 1),
+        "not_written": dropped,
     }
     prepare_shard.replace(place / REPORT, json.dumps(report, indent=1))
     version = tfds.core.Version("1.0.0")

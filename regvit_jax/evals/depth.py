@@ -5,7 +5,8 @@ crops that change all the time, with the scale-invariant logarithmic loss, and m
 size, averaged with what it says of the mirrored image.
 
 The protocol of DINOv2 and of the registers paper on NYU Depth v2 is `Depth(data="nyud:PATH", **NYUD)`, and layers=4
-for its second column; the defaults are the same without what belongs to those frames, and shorter.
+for its second column (configs/protocols/ has both); the defaults are the same without what belongs to those frames,
+and shorter. What is done is kept in unfinished.npz every `save_every` steps; the same command goes on from there.
 """
 
 import dataclasses
@@ -24,6 +25,7 @@ from regvit_jax.evals.depth_head import PADDINGS, ProbeLoss, init_heads, optimiz
 from regvit_jax.evals.depth_measure import Picked, Readout, measure, survey
 from regvit_jax.evals.depth_metrics import CROPS, averaged, crop_mask
 from regvit_jax.evals.features import leave_out, source_of
+from regvit_jax.evals.saved import NO_MATTER, UNFINISHED, Saved, key_of
 
 FILE = "predictions.png"
 # What the published probe sets on NYU Depth v2. Its one learning rate is not published: the best of these is taken.
@@ -45,6 +47,8 @@ MOST_HELD_OUT = 512
 _LOOKED_AT = 500  # training samples in which an unknown range of depth is looked for
 _FIRST = 16  # samples among which the first that can be read gives its size
 _STEPS_WITHOUT_VARIANCE = 100  # and no more than a tenth of them
+# Options of the measuring alone: another choice of them goes on with the same heads.
+_MEASURING = ("crop", "flip", "pictures")
 
 _log = logging.getLogger(__name__)
 
@@ -82,6 +86,7 @@ class Depth(Evaluator):
     gradient_loss: float = option(0.0, "weight of the loss on edges, beside 1; what is published amounts to 0")
     seed: int = option(0, "of the head, the order of images and their augmentation")
     pictures: int = option(8, "images in predictions.png; 0: none is written")
+    save_every: int = option(1000, "steps between two saves of what is done; 0: only when the run is asked to stop")
 
     def __post_init__(self):
         super().__post_init__()
@@ -101,7 +106,7 @@ class Depth(Evaluator):
         self.check("steps", self.steps >= 1, "at least 1")
         self.check("train_batch_size", self.train_batch_size >= 1, "at least 1")
         self.check("warmup", 0 <= self.warmup <= 1, "a share, from 0 to 1")
-        for name in ("weight_decay", "clip", "gradient_loss", "seed", "pictures"):
+        for name in ("weight_decay", "clip", "gradient_loss", "seed", "pictures", "save_every"):
             self.check(name, getattr(self, name) >= 0, "0 or more")
 
     def run(self, model, *, mesh, out_dir) -> dict[str, float]:
@@ -113,7 +118,9 @@ class Depth(Evaluator):
         looking = dict(batch_size=self.batch_size, mesh=mesh, workers=self.workers)
         crop_mask(self.crop, *_first_size(test, looking))  # what it refuses is better refused before the training
         readout = self.readout(model, self._max_depth(train, looking))
-        heads, best = sharding.gather(self._trained(model, train, readout, looking)), 0
+        key = key_of(self, model, train, readout.ends, no_matter=(*NO_MATTER, *_MEASURING))
+        saved = Saved(pathlib.Path(out_dir) / UNFINISHED, key, self.save_every)
+        heads, best = sharding.gather(self._trained(model, train, readout, looking, saved)), 0
         if len(self.lr) > 1:
             best = self._best(model, heads, _held_out(train), readout, looking)
         head = jax.tree.map(lambda leaf: leaf[best : best + 1], heads)
@@ -133,6 +140,7 @@ class Depth(Evaluator):
             rmse = dict(zip(index.tolist(), np.where(errors["images"], errors["rmse"], np.nan).tolist(), strict=True))
             depth_pictures.draw(path, test, {place: shown[place][0] for place in sorted(shown)}, rmse, readout)
             _log.info("wrote %s", path)
+        saved.remove()
         return metrics
 
     def readout(self, model, max_depth: float) -> Readout:
@@ -166,7 +174,7 @@ class Depth(Evaluator):
         _log.info("depth probe: bins from %g to %g m (%s)", self.min_depth, farthest, said)
         return farthest
 
-    def _trained(self, model, source, readout, looking):
+    def _trained(self, model, source, readout, looking, saved):
         """The heads, one a learning rate, stacked."""
         part = _without_held_out(source) if len(self.lr) > 1 else source
         transform = DepthTrainTransform(
@@ -206,6 +214,7 @@ class Depth(Evaluator):
             label="depth probe",
             max_bad=self.max_bad,
             source_spec=self.data,
+            saved=saved,
         )
 
     def _crop(self, source, looking):

@@ -21,6 +21,7 @@ from regvit_jax.evals.dense import dense_features
 from regvit_jax.evals.depth_head import output_matrices, read_depth
 from regvit_jax.evals.depth_metrics import depth_errors, valid_mask
 from regvit_jax.evals.features import multiple_of, place
+from regvit_jax.evals.progress import Progress
 from regvit_jax.models.model import Model
 from regvit_jax.trees import Array, Tree
 
@@ -88,7 +89,7 @@ def measure(
       {metric: (heads, M)}, index (M,) of what could be read, {sample: (heads, H, W) metres} of `show`.
     """
     model = place(model, mesh)
-    parts, places, shown = [], [], {}
+    parts, places, shown, progress = [], [], {}, Progress("depth probe: measured", len(source))
 
     def collect(picked, batch, errors, depth):
         index, errors = sharding.gather((batch["index"], errors))
@@ -96,6 +97,7 @@ def measure(
         found = picked.places[index[rows]]
         places.append(found)
         parts.append({name: values[:, rows] for name, values in errors.items()})
+        progress(sum(map(len, places)))
         wanted = [(row, place) for row, place in zip(rows, found.tolist(), strict=True) if place in show]
         if wanted:
             depth = sharding.gather(depth)

@@ -25,6 +25,7 @@ from regvit_jax.data.sources import Source
 from regvit_jax.data.transforms import EvalTransform, Preprocess
 from regvit_jax.evals import Evaluator
 from regvit_jax.evals.feature_cache import Kept, counted, find, is_shared, keep, keys_of, shared, source_of
+from regvit_jax.evals.progress import Progress
 from regvit_jax.models.model import Model
 from regvit_jax.trees import Array
 
@@ -45,7 +46,6 @@ __all__ = [
 POOLED = ("cls", "mean_patch")
 
 _OUTPUT = re.compile(r"(?:block(-?\d+)/)?(cls|mean_patch)")
-_SECONDS_BETWEEN_LINES = 30.0
 _NAMED = 5  # unreadable images in one message
 
 _log = logging.getLogger(__name__)
@@ -271,9 +271,10 @@ def _check_output(output, model):
 
 def _compute(model, source, source_spec, outputs, norm, batch_size, mesh, workers):
     """({output: (M, D) float32}, labels (M,) int32, index (M,)) of what can be read, by one pass over the source."""
-    start = line = time.monotonic()
+    start = time.monotonic()
     model = place(model, mesh)
     n, done = len(source), 0
+    progress = Progress(f"features of {source_spec}:", n)
     arrays, labels, seen = {}, np.full(n, -1, np.int32), np.zeros(n, bool)
 
     def collect(batch, pooled):
@@ -296,9 +297,7 @@ def _compute(model, source, source_spec, outputs, norm, batch_size, mesh, worker
             if pending is not None:
                 done += collect(*pending)
             pending = computing
-            if time.monotonic() - line > _SECONDS_BETWEEN_LINES:
-                line = time.monotonic()
-                _log.info("features of %s: %d of %d images", source_spec, done, n)
+            progress(done)
         done += collect(*pending)
     seconds = time.monotonic() - start
     _log.info("features of %s: %d images in %.1f s (%.0f img/s)", source_spec, n, seconds, n / max(seconds, 1e-9))

@@ -13,7 +13,6 @@ steps; the same command goes on from there.
 """
 
 import dataclasses
-import hashlib
 import json
 import logging
 import os
@@ -26,20 +25,17 @@ from regvit_jax.data.feed import feed, feed_rows
 from regvit_jax.data.sources import Subset
 from regvit_jax.data.transforms import TrainTransform
 from regvit_jax.evals import Evaluator, option
-from regvit_jax.evals.feature_cache import keys_of
 from regvit_jax.evals.features import check_pair, extract, source_of
-from regvit_jax.evals.grid_heads import FrozenFeatures, GridLoss, Inputs, KeptFeatures, init_heads, measure, name, sgd
+from regvit_jax.evals.grid_heads import FrozenFeatures, GridLoss, Inputs, KeptFeatures, init_heads, measure, sgd
 from regvit_jax.evals.head_training import train_head
 from regvit_jax.evals.metrics import tops
 from regvit_jax.evals.pictures import save
-from regvit_jax.evals.saved import Saved
+from regvit_jax.evals.saved import UNFINISHED, Saved, key_of
 
-TABLE, PICTURE, UNFINISHED = "heads.json", "heads.png", "unfinished.npz"
+TABLE, PICTURE = "heads.json", "heads.png"
 LR = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1)
 
 _SCALE = (0.08, 1.0)  # area of the training crops
-# Options that change where and how fast the heads are trained, not what comes out.
-_NO_MATTER = ("data", "eval_data", "batch_size", "workers", "cache_dir", "max_bad", "save_every")
 
 _log = logging.getLogger(__name__)
 
@@ -87,7 +83,7 @@ class LinearGrid(Evaluator):
         chosen_by = test
         if held_out is not None:
             chosen_by = self._features(model, inputs, mesh, f"{self.data} (held out)", held_out)
-        saved = Saved(folder / UNFINISHED, self._key(model, used, inputs), self.save_every)
+        saved = Saved(folder / UNFINISHED, key_of(self, model, used, inputs), self.save_every)
         heads = self._trained(model, used, inputs, test.num_classes, mesh, saved)
         found = measure(heads, inputs, test, batch_size=self.batch_size, mesh=mesh)
         judged = found["top1"]
@@ -173,12 +169,6 @@ class LinearGrid(Evaluator):
     def _scaled(self, lr):
         return lr * self.train_batch_size / 256
 
-    def _key(self, model, source, inputs):
-        """Of all that the heads depend on: options, weights, preparation, samples."""
-        options = {key: value for key, value in dataclasses.asdict(self).items() if key not in _NO_MATTER}
-        text = f"{sorted(options.items())} {sorted(keys_of(model, source, inputs.outputs, True).items())}"
-        return hashlib.blake2b(text.encode(), digest_size=20).hexdigest()
-
     def _rows(self, inputs, found, judged):
         """One dict a head."""
         heads = [(blocks, pool, lr) for blocks, pool in inputs.members for lr in self.lr]
@@ -211,6 +201,10 @@ def _number(value):
     return float(value) if np.isfinite(value) else str(float(value))
 
 
+def _seen(blocks, avgpool):
+    return (f"cls of {blocks} blocks" if blocks > 1 else "cls") + " + mean patch" * avgpool
+
+
 def _draw(path, rows, best, chosen_on):
     """Accuracy over learning rate, a line for each group of heads."""
     from matplotlib.figure import Figure
@@ -219,10 +213,10 @@ def _draw(path, rows, best, chosen_on):
     axis = figure.subplots()
     for group in dict.fromkeys((row["blocks"], row["avgpool"]) for row in rows):
         line = [row for row in rows if (row["blocks"], row["avgpool"]) == group]
-        axis.plot([row["lr"] for row in line], [100 * row["top1"] for row in line], ".-", label=name(*group))
+        axis.plot([row["lr"] for row in line], [100 * row["top1"] for row in line], ".-", label=_seen(*group))
     axis.plot(best["lr"], 100 * best["top1"], "o", mfc="none", ms=12, color="black")
     axis.set(xscale="log", xlabel="learning rate, for a batch of 256", ylabel="top-1 [%]")
-    axis.set_title(f"best of {len(rows)} on {chosen_on}: {100 * best['top1']:.2f} %", fontsize=8, parse_math=False)
+    axis.set_title(f"{100 * best['top1']:.2f} %: of {len(rows)} the best on {chosen_on}", fontsize=8, parse_math=False)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=7)
     save(path, figure)

@@ -1,19 +1,44 @@
 """Where a long fit is kept between two starts, so that the same command goes on where the last one ended."""
 
 import dataclasses
+import hashlib
 import logging
 import os
 import pathlib
 import zipfile
+from collections.abc import Iterable
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from regvit_jax import sharding
+from regvit_jax.data.sources import Source
+from regvit_jax.evals import Evaluator
+from regvit_jax.evals.feature_cache import keys_of
+from regvit_jax.models.model import Model
 from regvit_jax.trees import Tree
 
+UNFINISHED = "unfinished.npz"
+# Options of every evaluator that change where and how fast heads are trained, not what comes out.
+NO_MATTER = ("data", "eval_data", "batch_size", "workers", "cache_dir", "max_bad", "save_every")
+
 _log = logging.getLogger(__name__)
+
+
+def key_of(
+    evaluator: Evaluator, model: Model, source: Source, *more: object, no_matter: Iterable[str] = NO_MATTER
+) -> str:
+    """The key of a fit: a hash of options, weights, preparation of images and samples. All processes must call it.
+
+    Args:
+      source: what the fit learns from.
+      more: what it depends on besides, told by its repr.
+      no_matter: options that the fit does not depend on.
+    """
+    options = {name: value for name, value in dataclasses.asdict(evaluator).items() if name not in no_matter}
+    described = [type(evaluator).__name__, sorted(options.items()), keys_of(model, source, ("fit",), True), *more]
+    return hashlib.blake2b(repr(described).encode(), digest_size=20).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,9 @@ The defaults are the protocol of DINOv2 and of the registers paper in everything
     Segmentation(data="ade20k:PATH", eval_data="ade20k:PATH#val", crop=512, steps=40_000)
 
 that is, 1500 steps of warm-up, batches of 16 and windows that are 341 pixels apart. With several `scales`, or `flip`,
-the probabilities of all looks at an image are averaged.
+the probabilities of all looks at an image are averaged. configs/protocols/ has both published protocols.
+
+What is done is kept in unfinished.npz every `save_every` steps; the same command goes on from there.
 """
 
 import dataclasses
@@ -27,6 +29,8 @@ from regvit_jax.data.sources import IGNORE, require_dense
 from regvit_jax.evals import Evaluator, option, pictures
 from regvit_jax.evals.dense import PADDINGS, block_numbers, channels, fit
 from regvit_jax.evals.features import leave_out, source_of
+from regvit_jax.evals.progress import Progress
+from regvit_jax.evals.saved import NO_MATTER, UNFINISHED, Saved, key_of
 from regvit_jax.evals.segmentation_head import MEANS, SegmentationLoss, init_head, optimizer
 from regvit_jax.evals.segmentation_metrics import class_scores, confusion, summary
 from regvit_jax.evals.segmentation_windows import Segmented, View, segment
@@ -35,6 +39,8 @@ FILE, CLASSES_FILE = "predictions.png", "per_class.json"
 MODES = ("slide", "whole")
 
 _NAMED = 36  # classes in the legend
+# Options of the measuring alone: another choice of them goes on with the same head.
+_MEASURING = ("mode", "stride", "scales", "flip", "pictures")
 
 _log = logging.getLogger(__name__)
 
@@ -71,6 +77,7 @@ class Segmentation(Evaluator):
     warmup: float = option(1500 / 40_000, "share of the steps over which the rate rises, while it already falls")
     seed: int = option(0, "of the head, the order of images and their augmentation")
     pictures: int = option(8, "images in predictions.png, spread over the set; 0: none is written")
+    save_every: int = option(1000, "steps between two saves of what is done; 0: only when the run is asked to stop")
 
     def __post_init__(self):
         super().__post_init__()
@@ -86,7 +93,7 @@ class Segmentation(Evaluator):
         self.check("warmup", 0 <= self.warmup <= 1, "a share, from 0 to 1")
         for name in ("lr", "steps", "train_batch_size"):
             self.check(name, getattr(self, name) > 0, "above 0")
-        for name in ("crop", "short_side", "stride", "weight_decay", "seed", "pictures"):
+        for name in ("crop", "short_side", "stride", "weight_decay", "seed", "pictures", "save_every"):
             self.check(name, getattr(self, name) >= 0, "0 or more")
         self.check("stride", not (self.crop and self.stride > self.crop), "at most crop, or pixels would be left out")
 
@@ -96,7 +103,10 @@ class Segmentation(Evaluator):
         crop = self.crop or model.preprocessing.size
         short = self.short_side or crop
         blocks = block_numbers(self.blocks, model.config.depth)
-        head = self._trained(model, train, len(names), blocks, crop, short, mesh)
+        no_matter, folder = (*NO_MATTER, *_MEASURING), pathlib.Path(out_dir)
+        key = key_of(self, model, train, names, no_matter=no_matter)
+        saved = Saved(folder / UNFINISHED, key, self.save_every)
+        head = self._trained(model, train, len(names), blocks, crop, short, mesh, saved)
         view = View(
             blocks=blocks,
             short_sides=tuple(max(1, int(short * scale)) for scale in self.scales),
@@ -106,7 +116,7 @@ class Segmentation(Evaluator):
             padding=self.padding,
         )
         counts, index, shown = np.zeros((len(names), len(names)), np.int64), [], []
-        show = _spread(len(test), self.pictures)
+        show, progress = _spread(len(test), self.pictures), Progress("segmentation probe: measured", len(test))
         for one in segment(
             model,
             head,
@@ -119,6 +129,7 @@ class Segmentation(Evaluator):
         ):
             index.append(one.index)
             counts += confusion(one.truth, one.predicted, len(names))
+            progress(min(len(index) * jax.process_count(), len(test)))
             if one.index in show:
                 shown.append(one)
         counts, index = _of_all_processes(counts, np.array(index, np.int32), len(test))
@@ -128,11 +139,11 @@ class Segmentation(Evaluator):
         except ValueError as error:
             raise ValueError(f"{self.eval_data!r}: {error}") from error
         if jax.process_index() == 0:
-            folder = pathlib.Path(out_dir)
             _write_classes(folder / CLASSES_FILE, names, counts, len(index))
             if shown:
                 _draw(folder / FILE, test, sorted(shown, key=lambda one: one.index), names)
                 _log.info("wrote %s and %s", folder / FILE, CLASSES_FILE)
+        saved.remove()
         return metrics
 
     def _classes(self, train, test):
@@ -154,7 +165,7 @@ class Segmentation(Evaluator):
             raise ValueError(f"{self.data!r} has {len(train.mask_names)} classes; masks of 8 bits tell {IGNORE} apart")
         return tuple(train.mask_names)
 
-    def _trained(self, model, source, num_classes, blocks, crop, short, mesh):
+    def _trained(self, model, source, num_classes, blocks, crop, short, mesh, saved):
         transform = SegmentationTrainTransform(
             crop=crop,
             short_side=short,
@@ -188,6 +199,7 @@ class Segmentation(Evaluator):
             label="segmentation probe",
             max_bad=self.max_bad,
             source_spec=self.data,
+            saved=saved,
         )
 
 

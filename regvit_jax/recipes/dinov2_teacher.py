@@ -25,6 +25,9 @@ class Targets:
     means: dict[str, Array]
 
 
+jax.tree_util.register_dataclass(Targets, data_fields=["dino", "ibot", "means"], meta_fields=[])
+
+
 def targets(
     options: ConfigDict, logits: dict[str, Array], valid_gm: Array | None, centers: Tree, temperature: Array
 ) -> Targets:

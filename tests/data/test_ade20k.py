@@ -111,7 +111,7 @@ def test_other_layouts_are_told_what_is_expected(tmp_path, root):
     (tmp_path / "half" / "images" / "training").mkdir(parents=True)
     with pytest.raises(FileNotFoundError, match="is no folder"):
         open_source(f"ade20k:{tmp_path}/none")
-    with pytest.raises(FileNotFoundError, match=f"has no folder images/: it holds nothing. {layout}"):
+    with pytest.raises(FileNotFoundError, match=f"has no folder images/: it holds nothing. Download .*{layout}"):
         open_source(f"ade20k:{tmp_path}/empty")
     with pytest.raises(FileNotFoundError, match="has no folder annotations/: it holds images"):
         open_source(f"ade20k:{tmp_path}/half")

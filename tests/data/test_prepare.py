@@ -81,9 +81,14 @@ def test_a_small_jpeg_stays_as_it_is(tmp_path):
     assert pixels(source[1]).shape == (10, 12, 3) and source.num_classes == 0
 
 
-def test_captions_and_class_names_that_are_no_lines(tmp_path):
-    """scenes: has captions; names that TFDS could not keep (empty, twice, of two lines) are made so."""
-    prepare("scenes:?size=16&n=8&n_test=2", str(tmp_path / "scenes"), splits=("test",), size=SIZE, workers=0)
+def test_captions_and_class_names_that_are_no_lines(tmp_path, caplog):
+    """scenes: has captions, and what is not written is named; class names that TFDS could not keep (empty, twice, of
+    two lines) are made so that it can."""
+    options = dict(splits=("test",), size=SIZE, workers=0)
+    for _ in range(2):  # The second time all is there already.
+        report = prepare("scenes:?size=16&n=8&n_test=2", str(tmp_path / "scenes"), **options)
+        assert report["not_written"] == ["box_labels", "boxes", "depth", "mask"]
+    assert caplog.text.count("not in the new dataset: box_labels, boxes, depth, mask") == 2
     source, scenes = open_source(f"tfds:@{tmp_path / 'scenes'}"), open_source("scenes:?size=16&n=8&n_test=2#test")
     assert source.splits == ("test",) and source[1]["caption"] == scenes[1]["caption"]
     image = io.BytesIO()

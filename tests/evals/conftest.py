@@ -3,11 +3,45 @@
 What loads JAX is imported in the fixtures: pytest reads this file before tests/conftest.py has set up the fake devices.
 """
 
+import contextlib
 import io
+import itertools
 
 import numpy as np
 import pytest
 from PIL import Image
+
+
+@pytest.fixture(scope="module")
+def quick_to_compile():
+    """Programs that run for milliseconds are not worth seconds of optimisation."""
+    import jax
+
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture
+def killed(monkeypatch):
+    """with killed(after=2): … ends the fit inside when two of its steps are done."""
+    from regvit_jax.evals import head_training
+
+    @contextlib.contextmanager
+    def kill(after):
+        step, update = itertools.count(), head_training._update
+
+        def last(*args):
+            if next(step) == after:
+                raise SystemExit("killed")
+            return update(*args)
+
+        with monkeypatch.context() as patch, pytest.raises(SystemExit, match="killed"):
+            patch.setattr(head_training, "_update", last)
+            yield
+
+    return kill
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,8 @@ from regvit_jax.evals.depth_head import (
     read_depth,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
+
 ENDS = (0.001, 10.0)
 
 
@@ -53,11 +55,12 @@ def test_one_bin_switched_on():
     head = {"kernel": np.zeros((2, BINS), np.float32), "bias": np.zeros(BINS, np.float32)}
     features = np.ones((1, 1, 1, 2), np.float32)
     matrices = output_matrices((8, 8), (8, 8), 8, "stretch")
-    even = read_depth(head, features, *matrices, (0.0, 255.0))
+    read = jax.jit(read_depth, static_argnums=4)
+    even = read(head, features, *matrices, (0.0, 255.0))
     np.testing.assert_allclose(even, np.full((1, 8, 8), 127.5), rtol=5e-6)  # all bins alike: the middle
     head["bias"][51] = 1000.0
     want = (1000.1 * 51 + 0.1 * (255 * 128 - 51)) / (1000.1 + 25.5)
-    np.testing.assert_allclose(read_depth(head, features, *matrices, (0.0, 255.0)), np.full((1, 8, 8), want), rtol=5e-6)
+    np.testing.assert_allclose(read(head, features, *matrices, (0.0, 255.0)), np.full((1, 8, 8), want), rtol=5e-6)
 
 
 def test_padding_is_stretched_or_cropped():

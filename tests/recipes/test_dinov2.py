@@ -156,11 +156,12 @@ def test_the_losses_of_a_step_equal_a_second_computation(centering, separate):
 def test_rows_are_ordered_by_group_then_crop_and_come_back_by_view():
     of = recipe()
     x = np.arange(B * 2).reshape(B, 2)  # image i, crop v: 2 i + v
-    rows = np.asarray(of._rows(x[..., None]))[:, 0]
+    rows = np.asarray(of.views.rows(x[..., None]))[:, 0]
     assert rows.tolist() == [0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15]
-    np.testing.assert_array_equal(np.asarray(of._by_view(rows[:, None], 2))[..., 0], x.T)
+    np.testing.assert_array_equal(np.asarray(of.views.by_view(rows[:, None], 2))[..., 0], x.T)
     alone = DINOv2(small(groups=1))
-    assert np.asarray(alone._rows(x[..., None]))[:, 0].tolist() == [*range(0, 16, 2), *range(1, 16, 2)], "as one GPU"
+    as_one_gpu = np.asarray(alone.views.rows(x[..., None]))[:, 0]
+    assert as_one_gpu.tolist() == [*range(0, 16, 2), *range(1, 16, 2)]
 
 
 # Every loss off and on, both kinds of head and centring, with and without registers and local crops.
@@ -266,7 +267,7 @@ def test_the_papers_network_does_the_work_that_is_known():
     c.model.name, c.model.image_size, c.batch_size = "dinov2_vitl14_reg4", 224, 32
     c.dinov2.ibot_weight = c.dinov2.mask_prob = 0.0
     assert 32 * DINOv2(c).train_flops() == pytest.approx(50e12, rel=0.02)
-    assert DINOv2(c).crops.local_size == 98
+    assert DINOv2(c).views.crops.local_size == 98
 
 
 def test_the_loader_delivers_what_the_step_takes():
@@ -277,7 +278,7 @@ def test_the_loader_delivers_what_the_step_takes():
         out = of.transform(sample, np.random.default_rng(0))
         for name, spec in of.input_spec.items():
             assert (B, *np.shape(out[name])) == spec.shape and out[name].dtype == spec.dtype
-    assert out["size"].tolist() == [20, 30] and DINOv2(small(data__augment_on="device")).source_size == 24
+    assert out["size"].tolist() == [20, 30] and DINOv2(small(data__augment_on="device")).views.source_size == 24
 
 
 def test_crops_cut_on_the_device_become_rows():

@@ -146,7 +146,7 @@ def test_all_patches_of_whole_crops_are_compared(teacher):
     extras = {"teacher": {"backbone": model.params} | heads, "center": {"ibot": jnp.linspace(-0.1, 0.1, K)}}
     images = np.random.default_rng(2).integers(0, 256, (B, 2, 16, 16, 3)).astype(np.uint8)
     prepared = of.augment({"global": images}, KEY, 0)
-    assert prepared.keys() == {"global"}
+    assert prepared.keys() == {"global", "masks", "drop"} and prepared["masks"] is prepared["drop"]["global"] is None
     loss, aux = jax.jit(of.loss)(params, extras, prepared, KEY, 0)
 
     normal = (images.reshape(-1, 16, 16, 3) / 255 - np.array(of.preprocessing.mean)) / np.array(of.preprocessing.std)
@@ -158,7 +158,7 @@ def test_all_patches_of_whole_crops_are_compared(teacher):
     log_softmax = guess - np.log(np.exp(guess).sum(-1, keepdims=True))
     np.testing.assert_allclose(loss, -(target * log_softmax).sum(-1).mean(), rtol=1e-5)
     np.testing.assert_allclose(aux["means"]["ibot"], np.float64(said).reshape(-1, K).mean(0), rtol=1e-4, atol=1e-6)
-    assert of._bound * 8 == 2 * B * PATCHES
+    assert of.views.bound * 8 == 2 * B * PATCHES
 
 
 def test_the_work_of_the_teacher_is_that_of_its_own_size(teacher):

@@ -24,6 +24,9 @@ LAYOUT = (
     "ADEChallengeData2016.zip has them; a mask has one channel, 0 for nothing and 1 to 150 for the class"
 )
 _UNPACKED = "ADEChallengeData2016"
+GET = (
+    f"Download {_UNPACKED}.zip of the MIT scene parsing benchmark (sceneparsing.csail.mit.edu) and unpack it. {LAYOUT}"
+)
 
 
 def open(path: str, options: dict[str, str], split: str | None) -> "Ade20k":
@@ -38,13 +41,13 @@ def open(path: str, options: dict[str, str], split: str | None) -> "Ade20k":
         raise ValueError(f"ade20k: takes no options, got {', '.join(sorted(options))}")
     root = os.path.abspath(os.path.expanduser(path))
     if not path or not os.path.isdir(root):
-        raise FileNotFoundError(f"ade20k:{path}: {root} is no folder")
+        raise FileNotFoundError(f"ade20k:{path}: {root} is no folder. {GET}")
     if not os.path.isdir(os.path.join(root, "images")) and os.path.isdir(os.path.join(root, _UNPACKED)):
         root = os.path.join(root, _UNPACKED)
     for folder in ("images", "annotations"):
         if not os.path.isdir(os.path.join(root, folder)):
             found = few(sum(visible(root), [])) or "nothing"
-            raise FileNotFoundError(f"{root} has no folder {folder}/: it holds {found}. {LAYOUT}")
+            raise FileNotFoundError(f"{root} has no folder {folder}/: it holds {found}. {GET}")
     folders, loose, _ = visible(os.path.join(root, "images"))
     splits = tuple(name for name, folder in FOLDERS.items() if folder in folders)
     if not splits and not loose:

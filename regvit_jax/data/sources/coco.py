@@ -21,6 +21,11 @@ from regvit_jax.data.sources import coco_json
 from regvit_jax.data.sources.boxed import Boxed, beside
 from regvit_jax.data.sources.folder import few, visible
 
+GET = (
+    "Download train2017.zip, val2017.zip and annotations_trainval2017.zip (cocodataset.org; for COCO20k train2014.zip "
+    "and annotations_trainval2014.zip) and unpack them: annotations/instances_val2017.json, val2017/000000000139.jpg"
+)
+
 _FILE = re.compile(r"instances_(.+)\.json")
 _YEAR = re.compile(r"(.*?)(\d{4})")
 _EXPORT = "_annotations.coco.json"
@@ -38,13 +43,16 @@ def open(path: str, options: dict[str, str], split: str | None) -> Boxed:
         raise ValueError(f"coco: has no option {', '.join(unknown)}; there are list=FILE and year=2014")
     root = os.path.abspath(os.path.expanduser(path))
     if not path or not os.path.isdir(root):
-        raise FileNotFoundError(f"coco:{path}: {root} is no folder")
+        raise FileNotFoundError(f"coco:{path}: {root} is no folder. {GET}")
     files = _files(root)
     if "list" not in options:
         name, splits = _split(path, files, options.get("year"), split)
         found = coco_json.read(files[name])
         return Boxed(_images(root, name, found.names), found.names, found.objects, found.box_names, splits)
-    listed = beside(options["list"], root)
+    try:
+        listed = beside(options["list"], root)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}. That of COCO20k comes with LOST (github.com/valeoai/LOST)") from None
     name, chosen = _listed(listed)
     if split not in (None, name) or "year" in options:
         raise ValueError(f"{listed} names images of {name}: leave the split and year= out of coco:{path}")
@@ -79,7 +87,7 @@ def _files(root):
         inside = [f"annotations/{name}" for _, names in places for name in names] or folders + loose + images
         raise FileNotFoundError(
             f"{root} has no annotations of boxes: expected annotations/instances_val2017.json or the like in it, found "
-            f"{few(inside) or 'nothing'}"
+            f"{few(inside) or 'nothing'}. {GET}"
         )
     return found
 

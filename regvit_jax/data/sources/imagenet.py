@@ -22,6 +22,11 @@ from regvit_jax.data.sources.folder import Folder, few, packed, scattered, visib
 
 WNID = re.compile(r"n\d{8}")
 VALIDATION = ("val", "validation")
+GET = (
+    "Download ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz (image-net.org), or "
+    "Kaggle's imagenet-object-localization-challenge. Expected train/n01440764/*.JPEG and val/, flat beside the devkit "
+    "or in class folders"
+)
 _KAGGLE = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC", "CLS-LOC")
 
 _log = logging.getLogger(__name__)
@@ -39,7 +44,7 @@ def open(path: str, options: dict[str, str], split: str | None) -> "ImageNet":
         raise ValueError(f"imagenet: takes no options, got {', '.join(sorted(options))}")
     given = os.path.abspath(os.path.expanduser(path))
     if not path or not os.path.isdir(given):
-        raise FileNotFoundError(f"imagenet:{path}: {given} is no folder")
+        raise FileNotFoundError(f"imagenet:{path}: {given} is no folder. {GET}")
     root, folders = _data_folder(given)
     validation = [name for name in VALIDATION if name in folders][:1]
     splits = tuple(name for name in ("train", *validation) if name in folders)
@@ -122,7 +127,7 @@ def _data_folder(given):
         if {"train", "test", *VALIDATION} & set(folders):
             return root, folders
     folders, images, others = visible(given)
-    hint = ""
+    hint = f". {GET}"
     if any(WNID.fullmatch(name) for name in folders):
         hint = ". These are class folders: put them into a folder train/, or read them by folder: or imagenet22k:"
     elif any(name.endswith(".tar") for name in others):

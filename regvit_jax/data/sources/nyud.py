@@ -26,6 +26,10 @@ LAYOUT = (
     "'kitchen_0028b/rgb_00045.jpg kitchen_0028b/sync_depth_00045.png 518.8579', the files below PATH, PATH/sync or "
     "PATH/official_splits/test; without lists, rgb_*.jpg beside sync_depth_*.png. Depth is a 16-bit png in millimetres"
 )
+GET = (
+    "Get what BTS trains on (github.com/cleinc/bts says how): sync.zip, made of the raw NYU Depth v2, the official "
+    f"test split of nyu_depth_v2_labeled.mat, and its two lists. {LAYOUT}"
+)
 _PLACES = ("", "sync", "official_splits/{split}")
 _FILE = re.compile(r"(rgb|sync_depth)_(\w+)\.\w+")
 
@@ -42,7 +46,7 @@ def open(path: str, options: dict[str, str], split: str | None) -> "Nyud":
         raise ValueError(f"nyud: takes no options, got {', '.join(sorted(options))}")
     root = os.path.abspath(os.path.expanduser(path))
     if not path or not os.path.isdir(root):
-        raise FileNotFoundError(f"nyud:{path}: {root} is no folder")
+        raise FileNotFoundError(f"nyud:{path}: {root} is no folder. {GET}")
     lists = {}
     for name in SPLITS:
         there = [place for pattern in LISTS if os.path.isfile(place := os.path.join(root, pattern.format(split=name)))]
@@ -109,5 +113,5 @@ def _beside(root):
             place = re.sub(r"(^|/)(rgb|depth)$", "", folder)
             named[found[1]][place, found[2]] = name
     if not named["rgb"]:
-        raise FileNotFoundError(f"{root} has no list of files and no photo rgb_*.jpg. {LAYOUT}")
+        raise FileNotFoundError(f"{root} has no list of files and no photo rgb_*.jpg. {GET}")
     return matched(named["rgb"], named["sync_depth"], LAYOUT)

@@ -32,6 +32,11 @@ CLASS_NAMES = (
 BACKGROUND = ("background", "_background_", "__background__")
 OPTIONS = {"year": r"\d{4}", "set": "detection|segmentation", "hard": "yes|no", "names": ".+"}
 
+GET = (
+    "Download VOCtrainval_06-Nov-2007.tar and VOCtest_06-Nov-2007.tar, or VOCtrainval_11-May-2012.tar "
+    "(host.robots.ox.ac.uk/pascal/VOC), and unpack them: VOCdevkit/VOC2007/JPEGImages/ with Annotations/ and ImageSets/"
+)
+
 _YEAR = re.compile(r"VOC(\d{4})")
 _ROW_OF_A_CLASS = re.compile(r"\S+\s+(-1|0|1)")
 _IMAGES, _OBJECTS, _MASKS = ("JPEGImages", "images"), "Annotations", "SegmentationClass"
@@ -142,7 +147,7 @@ def _root(path, year):
     """The folder with the images and their annotations."""
     given = os.path.abspath(os.path.expanduser(path))
     if not path or not os.path.isdir(given):
-        raise FileNotFoundError(f"voc:{path}: {given} is no folder")
+        raise FileNotFoundError(f"voc:{path}: {given} is no folder. {GET}")
     if _is_tree(given):
         named = _YEAR.fullmatch(os.path.basename(given))
         if year is not None and (named is None or named[1] != year):
@@ -162,7 +167,7 @@ def _root(path, year):
     raise FileNotFoundError(
         f"{given} is no VOC tree: expected the folders JPEGImages/ and {_OBJECTS}/ (or {_MASKS}/) with ImageSets/, "
         f"found {few(folders + images + others) or 'nothing'}"
-        + (". Unpack the archives" if any(name.endswith(".tar") for name in others) else "")
+        + (". Unpack the archives" if any(name.endswith(".tar") for name in others) else f". {GET}")
     )
 
 
