@@ -8,8 +8,8 @@ of 16 crops of 512 pixels, then 2,000 images by windows of 512 that are 341 apar
 the network. Killed, the same command goes on from the last 1,000 steps.
 
 mIoU to expect, the released models without registers (Oquab et al. 2023, "lin.", as recalled: check): ViT-S/14 44.3,
-B 47.3, L 47.7, g 49.0; with registers nobody has published them. The registers paper (table 2a), without and with: DINOv2 L
-trained on ImageNet-22k 46.6 and 47.9, DeiT-III B 38.9 and 39.1, OpenCLIP B 26.6 and 26.7.
+B 47.3, L 47.7, g 49.0; with registers nobody has published them. The registers paper (table 2a), without and with:
+DINOv2 L trained on ImageNet-22k 46.6 and 47.9, DeiT-III B 38.9 and 39.1, OpenCLIP B 26.6 and 26.7.
 Lower by several points: masks resized before the loss, or features before the final norm.
 """
 

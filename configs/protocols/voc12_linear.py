@@ -9,8 +9,7 @@ without it #train has 1,464 images. Measured on the 1,449 images of val. 40,000 
 yet. Killed, the same command goes on from the last 1,000 steps.
 
 mIoU to expect, without registers (Oquab et al. 2023, "lin.", as recalled: check): ViT-S/14 81.1, B 82.5, L 82.1,
-g 83.0. The file
-behind them is not published: crop, steps and training list may differ.
+g 83.0. The file behind them is not published: crop, steps and training list may differ.
 """
 
 from regvit_jax.config import evaluator, protocol
