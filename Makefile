@@ -4,7 +4,6 @@ VENV    ?= .venv
 # The environment beside it that also holds PyTorch; the first place to look for its build without CUDA.
 PARITY  ?= $(VENV)-parity
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
-WORKDIR ?= runs/quickstart
 ARGS    ?=
 # Test processes: one a core, at most 4 (each holds a JAX of its own), none beside pytest itself on one core.
 CORES   := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
@@ -18,14 +17,19 @@ PIP      = $(PY) -m pip --disable-pip-version-check install --quiet --constraint
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help env quickstart test test-fast soak parity lint clean
+.PHONY: help env quickstart quickstart-ssl test test-fast soak parity lint clean
 
 help:  ## Print this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
-	@echo "Variables: PYTHON=python3.12 (which Python), VENV=$(VENV), JOBS=$(JOBS) (test processes), WORKDIR=$(WORKDIR), ARGS (more flags)."
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
+	@echo "Variables: PYTHON=python3.12 (which Python), VENV=$(VENV), JOBS=$(JOBS) (test processes), WORKDIR (of a quickstart), ARGS (more flags)."
 
+quickstart: WORKDIR ?= runs/quickstart
 quickstart: $(VENV)/.installed  ## Install, then train and evaluate a small register ViT on rendered scenes (minutes on a CPU)
 	$(PY) -m regvit_jax.main --config=configs/quickstart.py --workdir=$(WORKDIR) $(ARGS)
+
+quickstart-ssl: WORKDIR ?= runs/quickstart-ssl
+quickstart-ssl: $(VENV)/.installed  ## Install, then the same without labels: DINOv2 on the same scenes (ten minutes on a CPU)
+	$(PY) -m regvit_jax.main --config=configs/dinov2_scenes.py --workdir=$(WORKDIR) $(ARGS)
 
 test: lint  ## Install, lint, then every test but the soak tests
 	$(PYTEST) $(ARGS)

@@ -4,6 +4,7 @@ All of it is environment variables: JAX, BLAS and matplotlib read them once, whe
 processes inherit them.
 """
 
+import contextlib
 import os
 import shutil
 import sys
@@ -43,6 +44,34 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_unconfigure(config: pytest.Config) -> None:
     if CACHE in config.stash:
         shutil.rmtree(config.stash[CACHE], ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def compiling_fast():
+    """() -> a context in which programs are compiled fast instead of running fast, for tests that run each of them once
+    or twice. What was jitted before, as by a decorator, gains less: it keeps its own compiler options."""
+    import jax
+
+    jit, options = jax.jit, {"xla_cpu_use_fusion_emitters": False}  # a third of the time
+    try:
+        jit(lambda x: x, compiler_options=options).lower(0.0).compile()
+    except jax.errors.JaxRuntimeError:  # the newest jaxlib has no other emitters
+        options = {}
+
+    def fast(*args, compiler_options=None, **rest):
+        return jit(*args, compiler_options=options | (compiler_options or {}) or None, **rest)
+
+    @contextlib.contextmanager
+    def context():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(jax, "jit", fast)
+            jax.config.update("jax_disable_most_optimizations", True)
+            try:
+                yield
+            finally:
+                jax.config.update("jax_disable_most_optimizations", False)
+
+    return context
 
 
 def _add_xla_flags(*flags: str) -> None:

@@ -1,7 +1,6 @@
 """Stochastic depth with a fixed number of rows a group: which rows, the same numbers as the form by chance where both
 drop the same, less work, and no activation that leaves its device."""
 
-import functools
 import re
 
 import jax
@@ -15,18 +14,23 @@ from regvit_jax.models.layers import kept, subsets
 from regvit_jax.models.vit import drop_rates
 from regvit_jax.trees import named
 
-FAST = {"xla_backend_optimization_level": 0}
 ROWS = 4  # of each of two groups; half of them, or three quarters, are whole numbers, so that both forms scale alike
 
 
-@functools.partial(jax.jit, compiler_options=FAST)
-def outputs_and_gradients(model, images, drops):
-    def loss(model):
-        tokens = model(images, key=drops)
-        return sum(jnp.sin(leaf).sum() for leaf in jax.tree.leaves(tokens)), tokens
+@pytest.fixture(scope="module")
+def outputs_and_gradients(compiling_fast):
+    """Jitted (model, images, drops) -> (tokens, gradients)."""
 
-    grads, tokens = jax.grad(loss, has_aux=True)(model)
-    return tokens, grads.params
+    def both(model, images, drops):
+        def loss(model):
+            tokens = model(images, key=drops)
+            return sum(jnp.sin(leaf).sum() for leaf in jax.tree.leaves(tokens)), tokens
+
+        grads, tokens = jax.grad(loss, has_aux=True)(model)
+        return tokens, grads.params
+
+    with compiling_fast():
+        yield jax.jit(both)
 
 
 def alive(drops, groups):
@@ -45,7 +49,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_same_numbers_and_gradients_as_by_chance_where_the_same_rows_live(case, tiny):
+def test_the_same_numbers_and_gradients_as_by_chance_where_the_same_rows_live(case, tiny, outputs_and_gradients):
     run, uniform, gain = CASES[case]
     model = tiny(run, layerscale=gain, drop_path=0.5, drop_path_uniform=uniform)
     images = np.random.default_rng(0).normal(size=(2 * ROWS, 12, 8, 3)).astype(np.float32)
@@ -95,7 +99,7 @@ def collectives(text):
     return [(op, shapes) for shapes, op in found if re.search(r"[\[,]9[,\]]", shapes)]
 
 
-def test_no_activation_leaves_its_device(tiny):
+def test_no_activation_leaves_its_device(tiny, outputs_and_gradients):
     """Eight groups on 8 devices, forward and backward; a single group, which has no device of its own, for contrast."""
     model = tiny(depth=1, drop_path=0.5, drop_path_uniform=True)
     mesh = sharding.make_mesh(2, 4)

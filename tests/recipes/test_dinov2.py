@@ -90,9 +90,14 @@ def koleo(x):
     return -np.mean(np.log(nearest))
 
 
+@functools.cache
+def network(vit, run):
+    return jax.jit(lambda backbone, images, mask: Model(backbone, vit, run)(images, patch_mask=mask))
+
+
 def tokens(of, backbone, images, mask=None):
     """(cls (B, D), patches (B, P, D)) of normalised images in the order of the batch."""
-    out = Model(backbone, of.vit, of.run)(jnp.asarray(images, jnp.float32), patch_mask=mask)
+    out = network(of.vit, of.run)(backbone, jnp.asarray(images, jnp.float32), mask)
     return np.float64(out.cls), np.float64(out.patches)
 
 

@@ -150,9 +150,16 @@ def test_all_patches_of_whole_crops_are_compared(teacher):
     loss, aux = jax.jit(of.loss)(params, extras, prepared, KEY, 0)
 
     normal = (images.reshape(-1, 16, 16, 3) / 255 - np.array(of.preprocessing.mean)) / np.array(of.preprocessing.std)
-    said = apply_head(of.teacher.heads["dino_head"], heads["dino_head"], model(np.float32(normal)).patches)
-    student = rv.Model(params["backbone"], of.vit)(np.float32(normal)).patches
-    guess = np.float64(apply_head(of.heads["dino_head"], params["dino_head"], student)) / 0.1
+    normal = np.float32(normal)
+
+    @jax.jit
+    def logits():
+        student = rv.Model(params["backbone"], of.vit)(normal).patches
+        said = apply_head(of.teacher.heads["dino_head"], heads["dino_head"], model(normal).patches)
+        return said, apply_head(of.heads["dino_head"], params["dino_head"], student)
+
+    said, guess = map(np.float64, logits())
+    guess /= 0.1
     target = np.exp((np.float64(said) - np.linspace(-0.1, 0.1, K)) / 0.04)
     target /= target.sum(-1, keepdims=True)
     log_softmax = guess - np.log(np.exp(guess).sum(-1, keepdims=True))
