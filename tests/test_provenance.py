@@ -1,5 +1,6 @@
 """Provenance: the commit read from the forms that git writes, versions, processor."""
 
+import jax
 import pytest
 
 from regvit_jax import provenance
@@ -54,5 +55,7 @@ def test_a_linked_worktree(checkout):
 
 
 def test_versions_and_processor():
-    assert {"regvit_jax", "jax", "numpy"} <= provenance.versions().keys()
+    found = provenance.versions()
+    assert {"jax", "numpy"} <= found.keys() <= set(provenance.PACKAGES)
+    assert found["jax"] == jax.__version__
     assert "cores of" in provenance.processor()
