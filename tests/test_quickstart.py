@@ -82,5 +82,7 @@ def test_the_quickstart_learns_what_the_readme_says(tmp_path):
     assert (untrained["step"], trained["step"]) == (0, 568)
     assert untrained["knn/top1"] < 0.35 and trained["knn/top1"] > 0.8
     assert trained["linear/top1"] > 0.85
+    assert trained["segmentation/miou"] > untrained["segmentation/miou"] + 0.08
+    assert trained["depth/rmse"] < 0.97 * untrained["depth/rmse"]
     assert "knn/top1" in done.stdout and f"wrote {tmp_path / 'eval/maps/maps.png'}" in done.stderr
     assert (tmp_path / "eval/maps/maps.png").is_file()
