@@ -3,8 +3,8 @@
     python -m regvit_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
 
 4,000 rendered scenes of 64 x 64 pixels, drawn on first use (30 s); 568 steps of 64, evaluated before and after. On 2
-AMD EPYC cores eleven and a half minutes beside a test run. Expect, untrained and trained, k-NN top-1 .21 and .87, linear
-top-1 .41 and .88, mIoU .18 and .33, depth RMSE 1.47 and 1.37 m; measured 2026-11-21, one seed, jax 0.10.2:
+AMD EPYC cores eleven and a half minutes beside a test run. Expect, untrained and trained, k-NN top-1 .21 and .87,
+linear top-1 .41 and .88, mIoU .18 and .33, depth RMSE 1.47 and 1.37 m; measured 2026-11-21, one seed, jax 0.10.2:
 experiments/quickstart/README.md.
 """
 
